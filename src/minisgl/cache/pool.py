@@ -1,0 +1,57 @@
+"""The KV pool: the tensors that hold keys and values, and the geometry of their pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVPool:
+    """Keys and values of every layer, in pages.
+
+    Layout per layer: `[num_pages + 1, page_size, num_kv_heads, head_dim]`. A `slot` is page × page_size + offset.
+    The last page is a dummy: padding rows write there and nobody reads it. One group of layers that share geometry.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.num_layers = num_layers
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.page_size = page_size
+        self.num_pages = num_pages
+        shape = (num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def page_bytes(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page over all layers, keys and values."""
+        return 2 * num_layers * page_size * num_kv_heads * head_dim * dtype.itemsize
+
+    @property
+    def dummy_page(self) -> int:
+        return self.num_pages
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit, the dummy page apart."""
+        return self.num_pages * self.page_size
+
+    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer by slot: two views `[slots, num_kv_heads, head_dim]`."""
+        return self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
+
+    def store(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Writes `k`, `v` [T, num_kv_heads, head_dim] (any strides) to `slots` [T] int64 of the layer."""
+        keys, values = self.slots(layer)
+        keys.index_copy_(0, slots, k)
+        values.index_copy_(0, slots, v)

@@ -1,0 +1,93 @@
+"""Frozen configuration. `resolve` turns what a user asked for into what this machine will run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from minisgl.hardware import Hardware
+from minisgl.types import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("cpu", "cuda")
+POLICIES = ("fcfs", "lpm")
+DEFAULT_MODEL = "smollm2"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine is to run. None or 'auto' leave the choice to `resolve` or to the engine at start."""
+
+    model: str = DEFAULT_MODEL  # alias, folder, .gguf file, hub id or modelscope:ORG/NAME
+    device: str = "auto"
+    dtype: str = "auto"
+    dummy_weights: bool = False  # random weights; the folder needs only a config.json
+    tp_size: int = 1
+    seed: int = 0  # of dummy weights and of requests that bring no seed
+
+    page_size: int = 16  # tokens
+    num_pages: int | None = None  # KV pages; None: as many as memory allows
+    mem_fraction: float = 0.9  # of the device's free memory, for weights, activations and KV pool together
+    max_model_len: int | None = None  # prompt + output tokens of a request; None: the model's context
+    max_running: int | None = None
+    max_batched_tokens: int | None = None  # tokens computed in one step
+    policy: str = "fcfs"  # order of the waiting queue: first come first served, or longest prefix match
+    prefix_cache: bool = True
+    overlap: bool = True  # schedule and launch a step while the one before it runs
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)!r}; expected {expected}")
+
+        need(self.device in ("auto", *DEVICES), "device", "auto, cpu or cuda")
+        need(self.dtype in ("auto", *DTYPES), "dtype", "auto, " + ", ".join(DTYPES))
+        need(self.policy in POLICIES, "policy", " or ".join(POLICIES))
+        need(1 <= self.page_size <= 1024, "page_size", "1 to 1024 tokens")
+        need(0 < self.mem_fraction <= 1, "mem_fraction", "a number above 0, up to 1")
+        need(self.tp_size >= 1, "tp_size", "at least 1")
+        for name in ("num_pages", "max_model_len", "max_running", "max_batched_tokens"):
+            value = getattr(self, name)
+            need(value is None or value >= 1, name, "at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What the HTTP server is to offer."""
+
+    host: str = "127.0.0.1"
+    port: int = 1919
+    served_model_name: str | None = None  # None: the model as given to --model
+    max_queue: int = 1024  # requests waiting or running, at most
+
+
+def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
+    """A configuration without 'auto' in it, fit for `hardware`.
+
+    Raises:
+        ConfigError: what was asked for can't run here.
+    """
+    changes: dict[str, Any] = {}
+    device = config.device
+    if device == "auto":
+        device = "cuda" if hardware.cuda is not None else "cpu"
+    if device == "cuda" and hardware.cuda is None:
+        raise ConfigError(f"device cuda was asked for, but {hardware.no_cuda_reason}; use --device cpu")
+    changes["device"] = device
+    if config.dtype == "auto":
+        half = "bfloat16" if hardware.cuda is not None and hardware.cuda.capability >= (8, 0) else "float16"
+        changes["dtype"] = half if device == "cuda" else "float32"
+    running = config.max_running or (256 if device == "cuda" else 32)
+    batched = config.max_batched_tokens or (16384 if device == "cuda" else 2048)
+    if config.max_batched_tokens is not None and config.max_running is None:
+        running = min(running, batched)
+    if batched < running:
+        raise ConfigError(
+            f"max-batched-tokens is {batched}, less than max-running {running}; "
+            "a step must have room for one token of every running request"
+        )
+    changes["max_running"], changes["max_batched_tokens"] = running, batched
+    if config.attention == "auto":
+        changes["attention"] = "torch_sdpa"
+    return replace(config, **changes)

@@ -1,0 +1,5 @@
+"""Tensor parallelism: the group of ranks that share a model."""
+
+from minisgl.distributed.group import TPGroup
+
+__all__ = ["TPGroup"]

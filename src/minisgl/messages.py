@@ -1,0 +1,123 @@
+"""What crosses a process boundary: msgpack through msgspec, one message a step in each direction."""
+
+from __future__ import annotations
+
+from array import array
+
+import msgspec
+
+from minisgl.types import FinishReason, SamplingParams, TokenLogprob
+
+
+class AddRequest(msgspec.Struct, tag="add", frozen=True):
+    """A new request. `prompt` is int32 token ids in native byte order; `params` are resolved."""
+
+    id: str
+    prompt: bytes
+    params: SamplingParams
+    priority: int = 0
+
+
+class FinishRequest(msgspec.Struct, tag="finish", frozen=True):
+    """The output side saw a stop string: end the request, and send nothing more of it."""
+
+    id: str
+
+
+class AbortRequest(msgspec.Struct, tag="abort", frozen=True):
+    """The client gave up. The engine answers with a terminal output unless the request has ended already."""
+
+    id: str
+
+
+Command = AddRequest | FinishRequest | AbortRequest
+
+
+class Commands(msgspec.Struct, tag="commands", frozen=True):
+    """API process to engine."""
+
+    commands: list[Command]
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
+    """API process to engine: end now; requests still running are dropped."""
+
+
+class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one request gained in a step. The one with a `finish` is its last."""
+
+    id: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob] = []
+    finish: FinishReason | None = None
+    error: str | None = None
+    num_cached: int = 0  # prompt tokens served from the prefix cache
+
+
+class EngineStats(msgspec.Struct, frozen=True, omit_defaults=True):
+    """State after a step; counters count from the engine's start."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_pages: int = 0
+    num_free_pages: int = 0
+    num_cached_pages: int = 0  # held by the prefix cache, evictable ones included
+    num_evictable_pages: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+
+
+class EngineReady(msgspec.Struct, tag="ready", frozen=True):
+    """First message of an engine: what it will serve."""
+
+    max_total_tokens: int  # prompt + output tokens of one request, at most
+    vocab_size: int
+    device: str
+    dtype: str
+
+
+class StepOutputs(msgspec.Struct, tag="step", frozen=True):
+    """Engine to API process: one a step that produced something."""
+
+    outputs: list[TokenOutput]
+    stats: EngineStats
+
+
+class EngineFailed(msgspec.Struct, tag="failed", frozen=True):
+    """Last message of an engine that can't go on."""
+
+    error: str
+
+
+ToEngine = Commands | Shutdown
+FromEngine = EngineReady | StepOutputs | EngineFailed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    return _to_engine.decode(data)
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    return _from_engine.decode(data)
+
+
+def pack_ids(ids: list[int] | array[int]) -> bytes:
+    """Token ids as int32 bytes."""
+    return array("i", ids).tobytes()
+
+
+def unpack_ids(data: bytes) -> array[int]:
+    ids = array("i")
+    ids.frombytes(data)
+    return ids

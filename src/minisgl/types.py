@@ -1,0 +1,277 @@
+"""The types that every other module shares. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+
+class MinisglError(Exception):
+    """Base of every error that minisgl raises on purpose; its text is meant for the user."""
+
+
+class ConfigError(MinisglError):
+    """An option, an environment value or a combination of them that can't work."""
+
+
+class ModelError(MinisglError):
+    """A model that can't be found, read or supported."""
+
+
+class RequestError(MinisglError):
+    """A request that can't be served as written (HTTP 400). `param` names the field, if one is to blame."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class OverloadedError(MinisglError):
+    """The queue is full (HTTP 503)."""
+
+
+class EngineDeadError(MinisglError):
+    """The engine process ended; nothing more can be served."""
+
+
+class KernelError(MinisglError):
+    """A kernel that can't be compiled, chosen or launched for the arguments given."""
+
+
+class FinishReason(str, Enum):
+    """Why a request ended."""
+
+    STOP = "stop"  # an end-of-text id, a stop token id or a stop string
+    LENGTH = "length"  # max_tokens, the context or the pool is used up
+    ABORT = "abort"  # the client gave up
+    ERROR = "error"  # the engine could not go on with it
+
+
+class RequestStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"  # back in the queue, with the tokens it had
+    FINISHED = "finished"
+
+
+def _require(ok: bool, param: str, value: object, expected: str) -> None:
+    if not ok:
+        raise RequestError(f"{param} is {value!r}; expected {expected}", param)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose the tokens of one request.
+
+    Fields left at None take the model's own default (its generation_config) and, failing that, the neutral value;
+    `resolve` fills them in. `max_tokens=None` means what is left of the context.
+
+    Raises:
+        RequestError: a value out of range or of the wrong type, naming the field.
+    """
+
+    temperature: float | None = None  # 0 is greedy
+    top_k: int | None = None  # 0 or -1: off
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False  # the log-probability of every output token
+    top_logprobs: int = 0  # and of this many most likely ones beside it
+    n: int = 1
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        self._check_ranges()
+        self._check_tokens()
+
+    def _check_ranges(self) -> None:
+        ranges: tuple[tuple[str, float, float, str], ...] = (
+            ("temperature", 0.0, 100.0, "a number from 0 (greedy) to 100"),
+            ("min_p", 0.0, 1.0, "a number from 0 to 1"),
+            ("frequency_penalty", -2.0, 2.0, "a number from -2 to 2"),
+            ("presence_penalty", -2.0, 2.0, "a number from -2 to 2"),
+        )
+        for name, low, high, expected in ranges:
+            value = getattr(self, name)
+            _require(value is None or (_is_real(value) and low <= value <= high), name, value, expected)
+        p = self.top_p
+        _require(p is None or (_is_real(p) and 0 < p <= 1), "top_p", p, "a number above 0, up to 1")
+        r = self.repetition_penalty
+        _require(r is None or (_is_real(r) and r > 0), "repetition_penalty", r, "a number above 0")
+        k = self.top_k
+        _require(k is None or (_is_int(k) and k >= 0), "top_k", k, "a whole number; 0 or -1 turns it off")
+
+    def _check_tokens(self) -> None:
+        m = self.max_tokens
+        _require(m is None or (_is_int(m) and m >= 0), "max_tokens", m, "a whole number from 0")
+        _require(
+            _is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "a whole number from 0"
+        )
+        _require(_is_int(self.n) and 1 <= self.n <= 128, "n", self.n, "a whole number from 1 to 128")
+        top = self.top_logprobs
+        _require(_is_int(top) and 0 <= top <= 20, "top_logprobs", top, "a whole number from 0 to 20")
+        seed = self.seed
+        _require(seed is None or (_is_int(seed) and -(2**63) <= seed < 2**63), "seed", seed, "a 64-bit integer")
+        _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "strings that aren't empty")
+        ids = self.stop_token_ids
+        _require(all(_is_int(t) and t >= 0 for t in ids), "stop_token_ids", ids, "token ids")
+        for token, bias in self.logit_bias.items():
+            ok = _is_int(token) and token >= 0 and _is_real(bias) and -100 <= bias <= 100
+            _require(ok, "logit_bias", {token: bias}, "token ids mapped to numbers from -100 to 100")
+        if m is not None and self.min_tokens > m:
+            raise RequestError(f"min_tokens is {self.min_tokens}, more than max_tokens {m}", "min_tokens")
+
+    def resolve(self, defaults: Mapping[str, float | int], eos_token_ids: Iterable[int]) -> SamplingParams:
+        """What the engine gets: no None but `max_tokens` and `seed`, the model's end-of-text ids among the stop ids.
+
+        Args:
+            defaults: sampling defaults of the model, by this class's field names.
+            eos_token_ids: ids that end a text, unless `ignore_eos`.
+        """
+        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        filled = {
+            name: defaults.get(name, value) if getattr(self, name) is None else getattr(self, name)
+            for name, value in neutral.items()
+        }
+        extra = () if self.ignore_eos else tuple(eos_token_ids)
+        stop_ids = tuple(dict.fromkeys(self.stop_token_ids + extra))
+        return replace(self, stop_token_ids=stop_ids, **filled)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence as the engine sees it. The scheduler owns every field below `priority`.
+
+    `tokens` holds the ids known to the host: the prompt, then what was sampled and collected. `num_computed` counts
+    the positions whose forward pass was launched; `num_pending` the sampled ids that are still in flight.
+    """
+
+    id: str
+    tokens: array[int]  # array('i')
+    params: SamplingParams
+    priority: int = 0  # larger goes first
+
+    num_prompt: int = 0
+    max_total: int = 0  # prompt + output tokens at most
+    stop_ids: frozenset[int] = frozenset()
+    arrival: int = 0  # order of arrival, the tie-breaker everywhere
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    num_computed: int = 0
+    num_pending: int = 0
+    num_cached: int = 0  # prompt tokens that came from the prefix cache at first admission
+    num_preemptions: int = 0
+    row: int = -1  # place in the runner's device-resident state while running
+    last_step: int = -1  # last step launched that includes this request
+    pages: list[int] = field(default_factory=list)
+    num_tree_pages: int = 0  # leading pages that the prefix tree holds for us, but for `duplicates`
+    duplicates: list[int] = field(default_factory=list)  # own pages among those
+    node: int = -1  # locked node of the prefix tree
+    num_bypassed: int = 0  # times a later request was admitted before this one
+
+    def __post_init__(self) -> None:
+        self.num_prompt = self.num_prompt or len(self.tokens)
+        self.stop_ids = frozenset(self.params.stop_token_ids)
+
+    @property
+    def num_total(self) -> int:
+        """Tokens that exist, known or in flight."""
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one output token under the raw logits, before temperature and penalties."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), most likely first
+
+
+@dataclass(slots=True)
+class TextDelta:
+    """What one request gained: the unit that a stream hands to its client."""
+
+    request_id: str
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token id that ended it
+    error: str | None = None
+    num_prompt: int = 0
+    num_cached: int = 0
+    num_output: int = 0  # so far
+
+
+@dataclass(slots=True)
+class Completion:
+    """One of the `n` answers to a prompt."""
+
+    index: int = 0
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The result for one prompt of `LLM.generate`; `text`, `token_ids` and `finish_reason` are its first completion's."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    completions: list[Completion]
+    num_cached: int = 0
+
+    @property
+    def text(self) -> str:
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.completions[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.completions[0].finish_reason
