@@ -30,10 +30,10 @@ class _Node:
 
 def _int32(buffer: Int32Buffer, name: str) -> Int32Array:
     """The buffer as an array, without a copy."""
-    view = memoryview(buffer)
-    if view.format != "i" or view.ndim != 1 or not view.c_contiguous:
+    values = np.asarray(buffer)
+    if values.dtype != np.int32 or values.ndim != 1 or not values.flags.c_contiguous:
         raise TypeError(f"{name} must be array('i') or a contiguous one-dimensional array of np.int32")
-    return np.asarray(view)
+    return values
 
 
 class ReferencePrefixCache:
