@@ -194,8 +194,7 @@ class Request:
     row: int = -1  # place in the runner's device-resident state while running
     last_step: int = -1  # last step launched that includes this request
     pages: list[int] = field(default_factory=list)
-    num_tree_pages: int = 0  # leading pages that the prefix tree holds for us, but for `duplicates`
-    duplicates: list[int] = field(default_factory=list)  # own pages among those
+    num_tree_pages: int = 0  # leading pages that the prefix tree owns
     node: int = -1  # locked node of the prefix tree
     num_bypassed: int = 0  # times a later request was admitted before this one
 

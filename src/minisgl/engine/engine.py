@@ -1,0 +1,173 @@
+"""The engine: model, scheduler and runner behind one step loop. It knows token ids and nothing of text."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import deque
+from pathlib import Path
+
+import torch
+
+from minisgl.attention import make_attention
+from minisgl.cache.pool import KVPool
+from minisgl.cache.prefix import make_prefix_cache
+from minisgl.config import EngineConfig, resolve
+from minisgl.distributed import TPGroup
+from minisgl.engine.memory import choose_num_pages
+from minisgl.engine.runner import ModelRunner, StepHandle
+from minisgl.engine.scheduler import Scheduler
+from minisgl.hardware import detect
+from minisgl.messages import EngineStats, TokenOutput
+from minisgl.models import load_model
+from minisgl.models.hub import resolve_model
+from minisgl.timing import span
+from minisgl.types import FinishReason, ModelError, Request, RequestError, SamplingParams
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves requests of token ids, a step at a time.
+
+    With overlap, a step is scheduled and launched before the one before it is collected (a lag of 1).
+
+    Raises:
+        ConfigError, ModelError: it can't be built as configured.
+    """
+
+    def __init__(self, config: EngineConfig, tp: TPGroup | None = None) -> None:
+        self.config = config = resolve(config, detect())
+        self.device = torch.device(config.device)
+        self.tp = tp or TPGroup()
+        dtype = getattr(torch, config.dtype)
+        path = resolve_model(config.model)
+        self.model = load_model(
+            Path(path), dtype, self.device, self.tp, dummy=config.dummy_weights, seed=config.seed
+        )
+        model = self.model.config
+        context = model.max_position
+        if config.max_model_len is not None and config.max_model_len > context:
+            raise ModelError(f"max-model-len is {config.max_model_len}; the model's context has {context} tokens")
+        context = config.max_model_len or context
+        num_pages = choose_num_pages(config, model, self.model.num_kv_heads_per_rank, dtype, context)
+        pool = KVPool(
+            model.num_layers,
+            self.model.num_kv_heads_per_rank,
+            model.head_dim,
+            config.page_size,
+            num_pages,
+            dtype,
+            self.device,
+        )
+        assert config.max_running is not None and config.max_batched_tokens is not None
+        self.scheduler = Scheduler(
+            num_pages,
+            config.page_size,
+            config.max_running,
+            config.max_batched_tokens,
+            context,
+            make_prefix_cache(config.page_size) if config.prefix_cache else None,
+            config.policy,
+        )
+        self.runner = ModelRunner(self.model, pool, make_attention(config.attention), config.max_running, config.seed)
+        self.lag = 1 if config.overlap else 0
+        self.vocab_size = model.vocab_size
+        self.max_total_tokens = self.scheduler.max_total_tokens
+        self._in_flight: deque[StepHandle] = deque()
+        self._pending: list[TokenOutput] = []  # terminal outputs that no step brings
+        log.info("engine ready: %s, at most %d tokens a request", config, self.max_total_tokens)
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def add(self, request_id: str, prompt: array[int], params: SamplingParams, priority: int = 0) -> None:
+        """Queues a request.
+
+        Args:
+            prompt: array('i') of token ids.
+            params: as `SamplingParams.resolve` gives them.
+
+        Raises:
+            RequestError: it can't be served; nothing was queued.
+        """
+        self._check_ids(prompt, params)
+        request = Request(request_id, array("i", prompt), params, priority)
+        self.scheduler.add(request)
+        if request.max_total == request.num_prompt:  # max_tokens=0
+            self.scheduler.finish(request, FinishReason.LENGTH)
+            self._pending.append(TokenOutput(request_id, [], finish=FinishReason.LENGTH))
+
+    def _check_ids(self, prompt: array[int], params: SamplingParams) -> None:
+        vocab = self.vocab_size
+        if len(prompt) and not (0 <= min(prompt) and max(prompt) < vocab):
+            wrong = next(t for t in prompt if not 0 <= t < vocab)
+            raise RequestError(f"token id {wrong} is outside the vocabulary of {vocab}", "prompt")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            for token in ids:
+                if token >= vocab:
+                    raise RequestError(f"{name} has token id {token}; the vocabulary has {vocab}", name)
+
+    def finish(self, request_id: str) -> None:
+        """Ends a request whose stop string was seen; nothing more is sent of it. Unknown ids are ignored."""
+        request = self.scheduler.requests.get(request_id)
+        if request is not None:
+            self.scheduler.finish(request, FinishReason.STOP)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request that nobody waits for; its terminal output comes with the next step."""
+        request = self.scheduler.requests.get(request_id)
+        if request is not None:
+            self.scheduler.finish(request, FinishReason.ABORT)
+            self._pending.append(TokenOutput(request_id, [], finish=FinishReason.ABORT))
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.requests or self._in_flight or self._pending)
+
+    def step(self) -> list[TokenOutput]:
+        """Launches the next step, collects the one that is due, and returns what requests gained."""
+        with span("schedule"):
+            batch = self.scheduler.schedule()
+        if batch.requests:
+            self._in_flight.append(self.runner.launch(batch))
+        outputs, self._pending = self._pending, []
+        # with nothing launched, what is in flight must end: it holds what the waiting ones need
+        while len(self._in_flight) > (self.lag if batch.requests else 0):
+            outputs += self._collect(self._in_flight.popleft())
+        return outputs
+
+    def _collect(self, handle: StepHandle) -> list[TokenOutput]:
+        with span("collect"):
+            result = self.runner.collect(handle)
+        place = {r.id: i for i, r in enumerate(handle.requests)} if result.logprobs else {}
+        outputs = []
+        for request, reason in self.scheduler.collect(handle.batch, result.tokens):
+            logprob = result.logprobs.get(place[request.id]) if place else None
+            outputs.append(
+                TokenOutput(
+                    request.id,
+                    [request.tokens[-1]],
+                    [logprob] if logprob else [],
+                    reason,
+                    num_cached=request.num_cached,
+                )
+            )
+        return outputs
+
+    def stats(self) -> EngineStats:
+        s, ledger = self.scheduler, self.scheduler.ledger
+        return EngineStats(
+            num_waiting=len(s.waiting),
+            num_running=len(s.running),
+            num_pages=ledger.num_pages,
+            num_free_pages=len(ledger.free),
+            num_cached_pages=ledger.cache.num_pages if ledger.cache else 0,
+            num_evictable_pages=ledger.cache.num_evictable_pages if ledger.cache else 0,
+            prompt_tokens=s.prompt_tokens,
+            cached_tokens=s.cached_tokens,
+            output_tokens=s.output_tokens,
+            preemptions=s.preemptions,
+            steps=s.step,
+        )

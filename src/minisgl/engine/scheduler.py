@@ -1,0 +1,275 @@
+"""Which tokens to compute next: pure policy over pages and counts. No tensors.
+
+One rule, no phases: a step hands out a budget of tokens, first one to every request that decodes, then chunks of
+prompts. Whatever a request lacks, `num_total - num_computed` positions, is what it still wants.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from minisgl.cache.prefix import PrefixCache
+from minisgl.engine.ledger import PageLedger
+from minisgl.types import FinishReason, Request, RequestError, RequestStatus
+
+LOOK_AHEAD = 16  # waiting requests examined behind a blocked one
+MAX_BYPASS = 64  # admissions that may overtake a blocked request before it holds up everyone
+LPM_WINDOW = 64  # waiting requests that the policy 'lpm' sorts
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """What one step computes: parallel lists over requests, those with a single token first.
+
+    `samples[i]` says whether the step samples a token for request i, `output_index[i]` which output token that is.
+    """
+
+    step: int
+    requests: list[Request] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # first position computed
+    counts: list[int] = field(default_factory=list)  # positions computed
+    samples: list[bool] = field(default_factory=list)
+    output_index: list[int] = field(default_factory=list)
+    num_decodes: int = 0  # leading requests with one token
+    admitted: list[Request] = field(default_factory=list)  # got a row in this step
+    preempted: list[Request] = field(default_factory=list)
+    stalled: list[Request] = field(default_factory=list)  # wait for pages that an unfinished step still holds
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.counts)
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return (-request.priority, request.arrival)
+
+
+class Scheduler:
+    """Owns requests, rows and pages. Call `schedule`, launch the batch, and `collect` its tokens, in order.
+
+    Up to `lag` + 1 batches may be under way; pages and rows given up meanwhile return when the last step that could
+    touch them is collected.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        max_running: int,
+        max_batched_tokens: int,
+        max_model_len: int,
+        cache: PrefixCache | None,
+        policy: str = "fcfs",
+    ) -> None:
+        self.page_size = page_size
+        self.max_running = max_running
+        self.max_batched_tokens = max_batched_tokens
+        self.max_total_tokens = min(max_model_len, num_pages * page_size)
+        self.policy = policy
+        self.ledger = PageLedger(num_pages, page_size, max_running, cache)
+        self.requests: dict[str, Request] = {}  # not finished
+        self.waiting: list[Request] = []  # sorted by _order
+        self.running: list[Request] = []  # sorted by _order: the last one is preempted first
+        self.step = 0
+        self.num_arrived = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.output_tokens = 0
+        self.preemptions = 0
+
+    # -- requests come and go ------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queues a request and sets its `max_total`.
+
+        Raises:
+            RequestError: an id in use, an empty prompt, or one that can never fit.
+        """
+        limit = self.max_total_tokens
+        if request.id in self.requests:
+            raise RequestError(f"a request with id {request.id!r} is running already")
+        if request.num_prompt == 0:
+            raise RequestError("the prompt is empty; at least one token is needed", "prompt")
+        if request.num_prompt >= limit:
+            raise RequestError(
+                f"the prompt has {request.num_prompt} tokens; prompt and answer together may have {limit}", "prompt"
+            )
+        wanted = request.params.max_tokens
+        request.max_total = limit if wanted is None else min(limit, request.num_prompt + wanted)
+        request.arrival = self.num_arrived
+        self.num_arrived += 1
+        self.requests[request.id] = request
+        insort(self.waiting, request, key=_order)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """Ends a request, in whatever state it is; tokens still in flight will be dropped."""
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            self.ledger.release(request)
+        else:
+            self.waiting.remove(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        del self.requests[request.id]
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> ScheduledBatch:
+        """Chooses the next step's tokens. The batch may be empty: nothing to do, or a step must be collected first."""
+        batch = ScheduledBatch(self.step)
+        budget = self._schedule_decodes(batch)
+        batch.num_decodes = len(batch.requests)
+        chunks: list[tuple[Request, int]] = []
+        for request in self.running:
+            if budget and request.num_total - request.num_computed > 1:
+                budget = self._chunk(chunks, request, budget)
+        if budget and self.waiting and not batch.stalled and not batch.preempted:
+            self._admit(batch, chunks, budget)
+        for request, count in sorted(chunks, key=lambda chunk: chunk[1] > 1):  # single tokens join the decodes
+            self._append(batch, request, count)
+            batch.num_decodes += count == 1
+        if batch.requests:
+            self.step += 1
+        for request, _ in chunks:
+            self.ledger.cache_prefix(request)
+        return batch
+
+    def _schedule_decodes(self, batch: ScheduledBatch) -> int:
+        for request in list(self.running):
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted for one before it
+            total = len(request.tokens) + request.num_pending
+            if total - request.num_computed != 1 or total >= request.max_total:
+                continue  # a prompt in chunks, or all its tokens are in flight
+            if request.num_computed >= len(request.pages) * self.page_size and not self._grow(request, batch):
+                continue
+            self._append(batch, request, 1)
+        return self.max_batched_tokens - len(batch.requests)
+
+    def _append(self, batch: ScheduledBatch, request: Request, count: int) -> None:
+        start = request.num_computed
+        total = len(request.tokens) + request.num_pending
+        samples = start + count == total
+        batch.requests.append(request)
+        batch.starts.append(start)
+        batch.counts.append(count)
+        batch.samples.append(samples)
+        batch.output_index.append(total - request.num_prompt)
+        request.num_computed = start + count
+        request.num_pending += samples
+        request.last_step = self.step
+
+    def _chunk(self, chunks: list[tuple[Request, int]], request: Request, budget: int) -> int:
+        count = min(budget, request.num_total - request.num_computed)
+        chunks.append((request, count))
+        return budget - count
+
+    def _grow(self, request: Request, batch: ScheduledBatch) -> bool:
+        """One more page for a request that decodes, by preemption if need be. False: not in this step."""
+        while not self.ledger.take(request, 1):
+            victim = self.running[-1]
+            if self.ledger.deferred or victim is self.running[0]:
+                batch.stalled.append(request)  # pages come when a step is collected
+                return False
+            self._preempt(victim, batch)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request, batch: ScheduledBatch) -> None:
+        assert request.last_step < self.step, "a request that this step computes can't be preempted"
+        self.running.remove(request)
+        self.ledger.release(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed = 0
+        request.num_preemptions += 1
+        self.preemptions += 1
+        insort(self.waiting, request, key=_order)
+        batch.preempted.append(request)
+
+    # -- admission -----------------------------------------------------------------------------------------------
+
+    def _admit(self, batch: ScheduledBatch, chunks: list[tuple[Request, int]], budget: int) -> None:
+        num_blocked = 0
+        for request in self._candidates():
+            if budget == 0 or len(self.running) >= self.max_running or not self.ledger.free_rows:
+                break
+            if request.num_pending:
+                continue  # its last token is still in flight
+            if self._try_admit(request):
+                batch.admitted.append(request)
+                budget = self._chunk(chunks, request, budget)
+                if self.waiting and _order(self.waiting[0]) < _order(request):
+                    self.waiting[0].num_bypassed += 1
+            else:
+                num_blocked += 1
+                if num_blocked > LOOK_AHEAD or self.waiting[0].num_bypassed >= MAX_BYPASS:
+                    break
+
+    def _candidates(self) -> list[Request]:
+        """The waiting requests in the order in which to try them."""
+        waiting = self.waiting
+        cache = self.ledger.cache
+        if self.policy != "lpm" or cache is None or waiting[0].num_bypassed >= MAX_BYPASS:
+            return list(waiting)
+        window = [r for r in waiting[:LPM_WINDOW] if r.priority == waiting[0].priority]
+        ranked = sorted(window, key=lambda r: -cache.match_length(np.frombuffer(r.tokens, np.int32)))
+        return ranked + waiting[len(window) :]
+
+    def _try_admit(self, request: Request) -> bool:
+        """Gives the request its pages and a row if, after that, every running request could still grow by a page."""
+        watermark = len(self.running)
+        if not self.ledger.admit(request, watermark):
+            return False
+        self.waiting.remove(request)
+        insort(self.running, request, key=_order)
+        if request.status is RequestStatus.WAITING:
+            request.num_cached = request.num_computed
+            self.prompt_tokens += request.num_prompt
+            self.cached_tokens += request.num_cached
+        request.status = RequestStatus.RUNNING
+        request.num_bypassed = 0
+        return True
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    def collect(self, batch: ScheduledBatch, tokens: list[int]) -> list[tuple[Request, FinishReason | None]]:
+        """Takes the sampled tokens of a batch, one for each request with `samples` set, in order.
+
+        Returns:
+            The requests that gained a token, with the reason if it was their last.
+        """
+        gained: list[tuple[Request, FinishReason | None]] = []
+        sampled = (r for r, s in zip(batch.requests, batch.samples, strict=True) if s)
+        for request, token in zip(sampled, tokens, strict=True):
+            if request.status is RequestStatus.FINISHED:
+                continue
+            request.num_pending -= 1
+            request.tokens.append(token)
+            self.output_tokens += 1
+            reason = None
+            if token in request.stop_ids:
+                reason = FinishReason.STOP
+            elif len(request.tokens) >= request.max_total:
+                reason = FinishReason.LENGTH
+            gained.append((request, reason))
+            if reason is not None:
+                self.finish(request, reason)
+        self.ledger.collected(batch.step)
+        return gained
+
+    def check_integrity(self) -> None:
+        """Accounts for every page, row and request; AssertionError if one is lost or held twice."""
+        self.ledger.check_integrity(self.running)
+        assert {id(r) for r in self.requests.values()} == {id(r) for r in self.running + self.waiting}
+        assert self.running == sorted(self.running, key=_order)
+        assert self.waiting == sorted(self.waiting, key=_order)
+        assert len(self.running) <= self.max_running
+        for request in self.waiting:
+            assert not request.pages and request.row == -1 and request.num_computed == 0
+        for request in self.running:
+            assert request.num_computed <= request.num_total <= request.max_total
+            assert len(request.pages) * self.page_size >= request.num_computed
