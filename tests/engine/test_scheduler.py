@@ -139,18 +139,19 @@ def test_scheduler_admits_smaller_requests_past_a_blocked_head(lag: int) -> None
 
 @LAGS
 def test_scheduler_doesn_t_starve_a_blocked_head(lag: int) -> None:
-    sim = Simulation(10, 4, lag, max_batched_tokens=64, max_running=4)
-    sim.add("large", prompt_of(30, 1), 2)
-    sim.add("first", prompt_of(8), 30, priority=1)
-    admitted = 0
-    for i in range(10 * MAX_BYPASS):
-        if "large" in sim.ended:
-            break
+    """A request as large as the pool waits while small ones keep coming, more than there is room for."""
+    sim = Simulation(32, 4, lag, max_batched_tokens=64, max_running=8)
+    for i in range(8):
+        sim.add(f"early{i}", prompt_of(5, i), 8 + i)
+    sim.step()
+    sim.add("large", prompt_of(110, 1), 2)
+    for i in range(4 * MAX_BYPASS):
         sim.add(f"small{i}", prompt_of(5, i), 8)
+        sim.add(f"other{i}", prompt_of(5, i + 7), 8)
         sim.step()
-        admitted += 1
     assert "large" in sim.ended
-    sim.run()
+    assert len(sim.ended) > MAX_BYPASS, "small ones did pass"
+    assert sim.output["large"] == expected_output(prompt_of(110, 1), 2)
 
 
 def test_scheduler_orders_by_priority_then_arrival() -> None:

@@ -21,14 +21,14 @@ def _mul(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK, product & _MASK
 
 
-def philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 of key `seed` (int64, both halves) and counter (c0, c1, 0, 0).
+def philox(seed: Tensor, *counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of the key `seed` (int64, both halves) and a counter of up to four words, zero where not given.
 
-    All arguments int64 and broadcastable, counters in [0, 2^32); returns four int64 tensors of 32-bit words.
+    All arguments int64 and broadcastable, counter words in [0, 2^32); returns four int64 tensors of 32-bit words.
     """
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    x0, x1 = torch.broadcast_tensors(c0, c1)
-    x2 = x3 = torch.zeros((), dtype=torch.int64, device=c0.device)
+    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
+    x0, x1, x2, x3 = (*counter, *[zero] * (4 - len(counter)))
     for _ in range(10):
         hi0, lo0 = _mul(_M0, x0)
         hi1, lo1 = _mul(_M1, x2)
