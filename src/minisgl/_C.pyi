@@ -2,6 +2,8 @@
 
 from minisgl.cache.base import Int32Array, Int32Buffer, PrefixMatch
 
+def common_prefix(a: Int32Buffer, b: Int32Buffer) -> int: ...
+
 class PrefixCache:
     """The radix tree of csrc/radix; see minisgl.cache.base.PrefixCache."""
 
