@@ -61,6 +61,12 @@ class ServerConfig:
     served_model_name: str | None = None  # None: the model as given to --model
     max_queue: int = 1024  # requests waiting or running, at most
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; expected 0 (any free one) to 65535")
+        if self.max_queue < 1:
+            raise ConfigError(f"max-queue is {self.max_queue}; expected at least 1")
+
 
 def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
     """A configuration without 'auto' in it, fit for `hardware`.
@@ -78,6 +84,8 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
     if config.dtype == "auto":
         half = "bfloat16" if hardware.cuda is not None and hardware.cuda.capability >= (8, 0) else "float16"
         changes["dtype"] = half if device == "cuda" else "float32"
+    if config.tp_size > 1:
+        raise ConfigError(f"tp is {config.tp_size}; this version runs a model on one device, so use --tp 1")
     running = config.max_running or (256 if device == "cuda" else 32)
     batched = config.max_batched_tokens or (16384 if device == "cuda" else 2048)
     if config.max_batched_tokens is not None and config.max_running is None:

@@ -1,0 +1,251 @@
+"""The engine process: a step loop between two sockets, and the handle by which its parent starts and ends it.
+
+The parent binds both sockets, the child connects. The child's sends never block (no high-water mark): how much can
+queue up is bounded by the number of requests that the parent lets in. The child never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+from array import array
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from typing import Protocol
+
+import zmq
+
+from minisgl.config import EngineConfig
+from minisgl.messages import (
+    AbortRequest,
+    AddRequest,
+    Command,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    FinishRequest,
+    Shutdown,
+    StepOutputs,
+    TokenOutput,
+    decode_to_engine,
+    encode,
+    unpack_ids,
+)
+from minisgl.types import FinishReason, MinisglError, RequestError, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+ENGINE = "minisgl.engine.engine:Engine"  # named, not imported, so that the parent doesn't load torch
+PARENT_CHECK_MS = 1000
+LINGER_MS = 1000  # for the last message of an engine that failed
+_PR_SET_PDEATHSIG = 1
+
+
+class EngineLike(Protocol):
+    """What the step loop asks of an engine."""
+
+    max_total_tokens: int
+    vocab_size: int
+    config: EngineConfig  # resolved
+
+    @property
+    def has_work(self) -> bool: ...
+    def add(self, request_id: str, prompt: array[int], params: SamplingParams, priority: int = 0) -> None: ...
+    def finish(self, request_id: str) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> list[TokenOutput]: ...
+    def stats(self) -> EngineStats: ...
+
+
+class _ParentGoneError(Exception):
+    pass
+
+
+def engine_main(config: EngineConfig, commands: str, outputs: str, parent_pid: int, engine: str = ENGINE) -> None:
+    """Body of the engine process. Ends with exit code 0 on `Shutdown`, 1 on any error after telling the parent.
+
+    Args:
+        config: its `model` is a path on this machine.
+        commands: address that `ToEngine` messages come from.
+        outputs: address that `FromEngine` messages go to.
+        parent_pid: the process to die with.
+        engine: `module:attribute` of a callable that makes an `EngineLike` from the configuration.
+    """
+    _die_with_parent(parent_pid)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    context = zmq.Context()
+    code = 0
+    try:
+        receiver, sender = _connect(context, zmq.PULL, commands), _connect(context, zmq.PUSH, outputs)
+        try:
+            _run(_make_engine(engine, config), receiver, sender, parent_pid)
+        except MinisglError as error:
+            code = 1
+            sender.send(encode(EngineFailed(str(error))))
+        except _ParentGoneError:
+            code = 1
+        except Exception as error:
+            code = 1
+            logger.exception("the engine can't go on")
+            sender.send(encode(EngineFailed(f"the engine failed: {type(error).__name__}: {error}")))
+    finally:
+        context.destroy(linger=LINGER_MS)
+    sys.exit(code)
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    """Asks the kernel for SIGKILL when the parent ends. Ctrl-C reaches the whole terminal: the parent acts on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it ended before the call above
+        os._exit(1)
+
+
+def _connect(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str) -> zmq.Socket[bytes]:
+    socket = context.socket(kind)
+    socket.set_hwm(0)
+    socket.connect(address)
+    return socket
+
+
+def _make_engine(name: str, config: EngineConfig) -> EngineLike:
+    module, _, attribute = name.partition(":")
+    engine: EngineLike = getattr(importlib.import_module(module), attribute)(config)
+    return engine
+
+
+def _run(engine: EngineLike, commands: zmq.Socket[bytes], outputs: zmq.Socket[bytes], parent_pid: int) -> None:
+    """Steps until `Shutdown`; blocks on the socket while there is nothing to compute."""
+    # A service manager may send SIGTERM to every process of the service. From here on the parent decides:
+    # it drains, then sends Shutdown. Until here, while the model loads, SIGTERM ends the process.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.collect()
+    gc.freeze()
+    config = engine.config
+    outputs.send(encode(EngineReady(engine.max_total_tokens, engine.vocab_size, config.device, config.dtype)))
+    stats = engine.stats()
+    while True:
+        if not engine.has_work:
+            _wait(commands, parent_pid)
+        received = _drain(commands)
+        if received is None:
+            return
+        results = [refusal for c in received if (refusal := _apply(engine, c)) is not None]
+        results += engine.step()
+        before, stats = stats, engine.stats()
+        if results or stats != before:
+            outputs.send(encode(StepOutputs(results, stats)))
+
+
+def _wait(commands: zmq.Socket[bytes], parent_pid: int) -> None:
+    while not commands.poll(PARENT_CHECK_MS):
+        if os.getppid() != parent_pid:  # where the kernel doesn't tell us
+            raise _ParentGoneError
+
+
+def _drain(commands: zmq.Socket[bytes]) -> list[Command] | None:
+    """Every command that is there, without waiting; None once `Shutdown` is among them."""
+    received: list[Command] = []
+    while True:
+        try:
+            message = decode_to_engine(commands.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return received
+        if isinstance(message, Shutdown):
+            return None
+        received += message.commands
+
+
+def _apply(engine: EngineLike, command: Command) -> TokenOutput | None:
+    """Hands `command` to the engine; a request that it refuses comes back as its terminal output."""
+    match command:
+        case AddRequest():
+            try:
+                engine.add(command.id, unpack_ids(command.prompt), command.params, command.priority)
+            except RequestError as error:
+                return TokenOutput(command.id, [], finish=FinishReason.ERROR, error=str(error))
+        case FinishRequest():
+            engine.finish(command.id)
+        case AbortRequest():
+            engine.abort(command.id)
+    return None
+
+
+class EngineProcess:
+    """The engine's process as its parent holds it; a context manager, to be entered in the main thread.
+
+    Entering starts the process, leaving ends it and removes the folder of the sockets. The sockets' parent side
+    (`commands_address` and `outputs_address`, to be bound) belongs to whoever talks to the engine.
+    """
+
+    def __init__(self, config: EngineConfig, engine: str = ENGINE) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="minisgl-", ignore_cleanup_errors=True)  # mode 0700
+        self.commands_address = f"ipc://{self._folder.name}/commands"
+        self.outputs_address = f"ipc://{self._folder.name}/outputs"
+        args = (config, self.commands_address, self.outputs_address, os.getpid(), engine)
+        self._process: BaseProcess = multiprocessing.get_context("spawn").Process(
+            target=engine_main, args=args, name="minisgl-engine"
+        )
+
+    def __enter__(self) -> EngineProcess:
+        with _ignore_sigint():
+            self._process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def sentinel(self) -> int:
+        """A file descriptor that becomes readable when the process ends."""
+        return self._process.sentinel
+
+    def exit_text(self) -> str:
+        """Why the process ended, as far as the system knows."""
+        self._process.join(1)
+        code = self._process.exitcode
+        if code is None:
+            return "the engine process is ending"
+        if code == -signal.SIGKILL:
+            return "the engine process was killed (signal 9); the system does that when memory runs out"
+        if code < 0:
+            return f"the engine process was ended by signal {-code} ({signal.strsignal(-code)})"
+        return f"the engine process ended with exit code {code}"
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Waits `timeout` seconds for an engine that was told to shut down, then kills it. Idempotent."""
+        if self._process.pid is not None:
+            self._process.terminate()  # heeded only while the model loads
+            self._process.join(timeout)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
+        self._folder.cleanup()
+
+
+@contextlib.contextmanager
+def _ignore_sigint() -> Iterator[None]:
+    """A child started meanwhile ignores Ctrl-C from its first instruction on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,206 @@
+"""The server's end of the engine: requests go out as batched commands, outputs come back as streams of text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Protocol
+
+import zmq
+import zmq.asyncio
+
+from minisgl.messages import (
+    AbortRequest,
+    AddRequest,
+    Command,
+    Commands,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    FinishRequest,
+    Shutdown,
+    StepOutputs,
+    decode_from_engine,
+    encode,
+    pack_ids,
+)
+from minisgl.server.stream import Stream
+from minisgl.text.output import OutputProcessor
+from minisgl.types import EngineDeadError, MinisglError, OverloadedError, RequestError, SamplingParams
+
+LAST_WORDS_S = 0.2  # what an engine said before it died arrives within this time
+LINGER_MS = 1000
+
+
+class EngineHandle(Protocol):
+    """An engine process, as far as the server needs to know it."""
+
+    @property
+    def commands_address(self) -> str: ...
+    @property
+    def outputs_address(self) -> str: ...
+    @property
+    def sentinel(self) -> int: ...  # file descriptor, readable once the process has ended
+    def exit_text(self) -> str: ...
+
+
+class AsyncEngineClient:
+    """Talks to one engine process. Create, use and close it inside one event loop, with `run` as a task beside.
+
+    Args:
+        engine: the process; the client binds its addresses and watches its sentinel.
+        processor: turns token outputs into text.
+        max_queue: sequences waiting or running, at most.
+    """
+
+    def __init__(self, engine: EngineHandle, processor: OutputProcessor, max_queue: int) -> None:
+        self._engine = engine
+        self._processor = processor
+        self._max_queue = max_queue
+        self._streams: dict[str, tuple[Stream, int]] = {}  # request id → its stream and place there
+        self._outbox: list[Command] = []
+        self._failure: MinisglError | None = None
+        self.ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
+        self.stats = EngineStats()
+        self._context = zmq.Context()
+        self._outputs = zmq.asyncio.Socket(self._context, zmq.PULL)
+        self._commands = self._context.socket(zmq.PUSH)  # sends never wait, so it needn't be asyncio's
+        for socket, address in ((self._outputs, engine.outputs_address), (self._commands, engine.commands_address)):
+            socket.set_hwm(0)
+            socket.bind(address)
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that haven't ended."""
+        return len(self._streams)
+
+    @contextmanager
+    def generate(
+        self, request_id: str, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0
+    ) -> Iterator[Stream]:
+        """Starts `params.n` sequences a prompt; sequence i * n + j is answer j to prompt i.
+
+        What still runs when the context is left is aborted.
+
+        Args:
+            prompts: token ids, at least one and within the model's vocabulary.
+            params: resolved.
+
+        Raises:
+            OverloadedError: the queue is full.
+            EngineDeadError: the engine has ended.
+            RequestError: more sequences than the queue has room for, or stop strings without a tokenizer.
+        """
+        ids = [f"{request_id}-{i}" for i in range(len(prompts) * params.n)]
+        self._admit(len(ids))
+        stream = Stream(len(ids))
+        try:
+            for index, sequence in enumerate(ids):
+                prompt, own = prompts[index // params.n], _own_params(params, index % params.n)
+                self._processor.add(sequence, prompt, own)
+                self._streams[sequence] = (stream, index)
+                self._push(AddRequest(sequence, pack_ids(list(prompt)), own, priority))
+            yield stream
+        finally:
+            for index in stream.open:
+                self._abort(ids[index])
+
+    def fail(self, error: MinisglError) -> None:
+        """Ends every stream with `error` and lets no new one in."""
+        self._failure = self._failure or error
+        for stream, _ in self._streams.values():
+            stream.fail(error)
+
+    async def run(self) -> None:
+        """Delivers outputs until the engine ends, which it raises.
+
+        Raises:
+            EngineDeadError: with the engine's own words if it had any.
+        """
+        receive, watch = asyncio.create_task(self._receive()), asyncio.create_task(self._watch())
+        try:
+            await asyncio.wait({receive, watch}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({receive}, timeout=LAST_WORDS_S)
+            await (receive if receive.done() else watch)
+        except Exception as error:
+            self.fail(error if isinstance(error, MinisglError) else EngineDeadError(f"the server failed: {error!r}"))
+            raise
+        finally:
+            receive.cancel()
+            watch.cancel()
+
+    def close(self) -> None:
+        """Tells the engine to end, and closes the sockets. Idempotent."""
+        if self._context.closed:
+            return
+        self.fail(EngineDeadError("the server is shutting down"))
+        self._send(encode(Shutdown()))
+        self._context.destroy(linger=LINGER_MS)
+
+    def _admit(self, num_sequences: int) -> None:
+        if self._failure is not None:
+            raise EngineDeadError(str(self._failure))
+        if num_sequences > self._max_queue:
+            raise RequestError(f"the request asks for {num_sequences} sequences; at most {self._max_queue} are allowed")
+        if self.num_open + num_sequences > self._max_queue:
+            raise OverloadedError(f"{self.num_open} requests are waiting or running, as many as allowed; try later")
+
+    def _abort(self, sequence: str) -> None:
+        self._streams.pop(sequence, None)
+        self._processor.abort(sequence)
+        self._push(AbortRequest(sequence))
+
+    def _push(self, command: Command) -> None:
+        """Queues `command`; all of one turn of the event loop travel in one message."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(command)
+
+    def _flush(self) -> None:
+        commands, self._outbox = self._outbox, []
+        self._send(encode(Commands(commands)))
+
+    def _send(self, message: bytes) -> None:
+        if not self._commands.closed:
+            with suppress(zmq.Again):  # nobody is there: `run` is about to notice
+                self._commands.send(message, zmq.NOBLOCK)
+
+    async def _receive(self) -> None:
+        while True:
+            message = decode_from_engine(await self._outputs.recv())
+            match message:
+                case EngineReady():
+                    self.ready.set_result(message)
+                case StepOutputs():
+                    self._deliver(message)
+                case EngineFailed():
+                    raise EngineDeadError(message.error)
+
+    async def _watch(self) -> None:
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._engine.sentinel, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._engine.sentinel)
+        raise EngineDeadError(self._engine.exit_text())
+
+    def _deliver(self, step: StepOutputs) -> None:
+        self.stats = step.stats
+        deltas, stopped = self._processor.process(step.outputs)
+        for sequence in stopped:
+            self._push(FinishRequest(sequence))
+        for delta in deltas:
+            stream, index = self._streams[delta.request_id]
+            if delta.finish_reason is not None:
+                del self._streams[delta.request_id]
+            stream.put(index, delta)
+
+
+def _own_params(params: SamplingParams, answer: int) -> SamplingParams:
+    """Those of one answer: the others of the same prompt draw other noise."""
+    if params.n == 1:
+        return params
+    return replace(params, n=1, seed=None if params.seed is None else params.seed + answer)

@@ -1,0 +1,115 @@
+"""Errors as OpenAI error objects with the right status."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from minisgl.types import EngineDeadError, MinisglError, OverloadedError, RequestError
+
+RETRY_AFTER_S = 1
+
+
+class NotFoundError(RequestError):
+    """A model that isn't served here (HTTP 404)."""
+
+
+class ErrorDetail(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct):
+    """What every failed request is answered with, and what ends a stream that fails."""
+
+    error: ErrorDetail
+
+
+def describe(error: Exception) -> tuple[HTTPStatus, ErrorBody]:
+    """Status and body for `error`; the text of errors that aren't ours stays in the log."""
+    code: str | None = None
+    match error:
+        case NotFoundError():
+            status, code = HTTPStatus.NOT_FOUND, "model_not_found"
+        case RequestError():
+            status = HTTPStatus.BAD_REQUEST
+        case OverloadedError():
+            status, code = HTTPStatus.SERVICE_UNAVAILABLE, "overloaded"
+        case EngineDeadError():
+            status, code = HTTPStatus.SERVICE_UNAVAILABLE, "engine_unavailable"
+        case _:
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+    ours = isinstance(error, MinisglError)
+    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    param = error.param if isinstance(error, RequestError) else None
+    return status, ErrorBody(ErrorDetail(str(error) if ours else "internal error, see the log", kind, param, code))
+
+
+def json_response(body: msgspec.Struct, status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(body), status, headers, "application/json")
+
+
+def error_response(error: Exception) -> Response:
+    status, body = describe(error)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+    return json_response(body, status, headers)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Gives `app` one answer format for every error."""
+    handlers: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
+        MinisglError: _on_error,
+        Exception: _on_error,
+        HTTPException: _on_http_error,
+        RequestValidationError: _on_invalid,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
+
+
+async def _on_error(_: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    body = ErrorBody(ErrorDetail(message, "invalid_request_error"))
+    return json_response(body, error.status_code, dict(error.headers or {}))
+
+
+async def _on_invalid(_: Request, error: RequestValidationError) -> Response:
+    return error_response(invalid(error.errors()))
+
+
+def invalid(errors: Sequence[Any]) -> RequestError:
+    """The first field that failed validation, with everything that was expected there."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return RequestError(f"the body is not valid JSON: {first['ctx']['error']} at position {first['loc'][-1]}")
+    path = _field(first["loc"])
+    if not path:
+        return RequestError("the body must be a JSON object, sent with the header Content-Type: application/json")
+    expected = dict.fromkeys(e["msg"] for e in errors if _field(e["loc"]) == path)
+    return RequestError(f"{path}: {'; or '.join(expected)}", path.split(".")[0])
+
+
+def _field(location: Sequence[str | int]) -> str:
+    """The field a validation error is about, without 'body' and up to the branches of a union."""
+    known = []
+    for part in location[1:]:
+        if isinstance(part, str) and (part in _UNION_BRANCHES or not part.isidentifier()):
+            break
+        known.append(str(part))
+    return ".".join(known)
+
+
+_UNION_BRANCHES = {"str", "int", "float", "bool"}

@@ -1,0 +1,166 @@
+"""The life of the server process: listen, load, serve, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from minisgl.config import ServerConfig
+from minisgl.server.app import create_app
+from minisgl.server.client import AsyncEngineClient, EngineHandle
+from minisgl.server.service import Backend, Service
+from minisgl.text import OutputProcessor, Text
+from minisgl.types import ConfigError, EngineDeadError
+
+DRAIN_S = 10.0  # after SIGTERM, for the answers under way
+KEEP_ALIVE_S = 65  # longer than the clients' and proxies' own limits, so that they close idle connections
+DEAD_S = 1.0  # how long /health tells that the engine died before the process ends
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A socket at the address of `config`, not yet listening; port 0 lets the system choose.
+
+    Raises:
+        ConfigError: the address can't be had.
+    """
+    with _address_errors(config):
+        family, kind, _, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+
+
+@contextmanager
+def _address_errors(config: ServerConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, OverflowError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ConfigError(
+            f"can't listen on {config.host} port {config.port}: {reason}; choose another with --host or --port"
+        ) from None
+
+
+def serve(
+    engine: EngineHandle,
+    load_text: Callable[[], Text],
+    config: ServerConfig,
+    model_name: str,
+    listener: socket.socket,
+    on_ready: Callable[[Service], None],
+) -> None:
+    """Serves until SIGTERM or SIGINT; the first one drains, a second one ends at once.
+
+    Args:
+        engine: a process just started; told to shut down on the way out.
+        load_text: reads the text side of the model; runs in a thread while the engine loads its own.
+        on_ready: called once, when requests are served.
+
+    Raises:
+        MinisglError: the model can't be loaded, or the engine died.
+    """
+    with _address_errors(config):
+        listener.listen()
+    asyncio.run(_Life(engine, load_text, Service(config, model_name), on_ready).run(listener))
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers, which would end the process with the signal's exit code."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Life:
+    def __init__(
+        self, engine: EngineHandle, load_text: Callable[[], Text], service: Service, on_ready: Callable[[Service], None]
+    ) -> None:
+        self._engine = engine
+        self._load_text = load_text
+        self._service = service
+        self._on_ready = on_ready
+        self._client: AsyncEngineClient | None = None
+        self._death: BaseException | None = None
+        self._http = _HttpServer(
+            uvicorn.Config(
+                create_app(service),
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=int(DRAIN_S) + 2,
+            )
+        )
+
+    async def run(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        http = asyncio.create_task(self._http.serve(sockets=[listener]))
+        backend = asyncio.create_task(self._run_backend())
+        try:
+            await asyncio.wait({http, backend}, return_when=asyncio.FIRST_COMPLETED)
+            if backend.done() and self._service.status != "stopping":
+                await self._report_death(backend.exception())
+            await http
+        finally:
+            backend.cancel()
+            await asyncio.wait({backend})
+            if self._client is not None:
+                self._client.close()
+        if self._death is not None:
+            raise self._death
+
+    async def _run_backend(self) -> None:
+        """Loads, then delivers outputs for as long as the engine lives.
+
+        Raises:
+            MinisglError: the model can't be loaded, or the engine ended.
+        """
+        text = await asyncio.to_thread(self._load_text)
+        client = AsyncEngineClient(self._engine, OutputProcessor(text.tokenizer), self._service.config.max_queue)
+        self._client = client
+        client.ready.add_done_callback(lambda ready: self._begin(Backend(text, client, ready.result())))
+        await client.run()
+
+    def _begin(self, backend: Backend) -> None:
+        if self._service.status == "starting":
+            self._service.start(backend)
+            gc.collect()
+            gc.freeze()
+            self._on_ready(self._service)
+
+    async def _report_death(self, error: BaseException | None) -> None:
+        """Keeps answering with 503 for a moment, so that whoever watches learns why."""
+        served = self._service.status == "ok"
+        self._service.status, self._service.error = "failed", str(error)
+        self._death = error
+        if served:
+            await asyncio.sleep(DEAD_S)
+        self._http.should_exit = True
+
+    def _stop(self) -> None:
+        """On the first signal stops accepting and lets answers end for a while; on a second one ends them."""
+        again, self._http.should_exit = self._http.should_exit, True
+        if self._death is None:
+            self._service.status = "stopping"
+        if again:
+            self._http.force_exit = True
+            self._end_streams()
+        else:
+            asyncio.get_running_loop().call_later(DRAIN_S, self._end_streams)
+
+    def _end_streams(self) -> None:
+        if self._client is not None:
+            self._client.fail(EngineDeadError("the server is shutting down"))
