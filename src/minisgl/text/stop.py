@@ -1,0 +1,56 @@
+"""Finding stop strings in a text that arrives in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """Passes text through until a stop string is complete; holds back what may be the start of one.
+
+    The string that is complete first wins; of two that are complete with the same character, the longer. So the
+    result doesn't depend on how the text was cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str, armed: bool = True) -> tuple[str, str | None]:
+        """The text that is free to go, and the stop string found.
+
+        Args:
+            text: new text.
+            armed: whether a stop string that `text` completes counts; if not, it passes as text.
+        """
+        held, scan = len(self._held), self._held + text
+        if armed and text:
+            found = []
+            for stop in self._stops:
+                at = scan.find(stop, max(0, held - len(stop) + 1))
+                if at >= 0:
+                    found.append((at + len(stop), at, stop))
+            if found:
+                _, at, stop = min(found)
+                self._held = ""
+                return scan[:at], stop
+        free = len(scan) - self._longest_start(scan)
+        self._held = scan[free:]
+        return scan[:free], None
+
+    def flush(self) -> str:
+        """The text held back; call it at the end."""
+        held, self._held = self._held, ""
+        return held
+
+    def _longest_start(self, text: str) -> int:
+        """Characters at the end of `text` that begin a stop string."""
+        return max((_overlap(text, stop) for stop in self._stops), default=0)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a start of `stop`, but not all of it."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0
