@@ -97,7 +97,8 @@ def read_gguf(path: str | Path) -> GGUFFile:
         raise ModelError(f"there is no file {path}")
     cached = _cache_path(path)
     try:
-        return msgspec.convert(msgspec.msgpack.decode(cached.read_bytes()), GGUFFile)
+        file = msgspec.convert(msgspec.msgpack.decode(cached.read_bytes()), GGUFFile)
+        return msgspec.structs.replace(file, path=str(path))  # it may have been read under another name
     except (OSError, msgspec.MsgspecError):
         pass
     file = _parse(path)

@@ -29,8 +29,9 @@ class KVPool:
         self.page_size = page_size
         self.num_pages = num_pages
         shape = (num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros, since attention may multiply what lies behind a sequence's end by a weight of 0: it mustn't be NaN.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     @staticmethod
     def page_bytes(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:

@@ -1,0 +1,75 @@
+"""What layers are built with, and where the tensors of a checkpoint go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from minisgl.distributed import TPGroup
+from minisgl.models.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What every layer of a model is built with."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    tp: TPGroup = TPGroup()
+
+    def empty(self, *shape: int) -> nn.Parameter:
+        """A parameter without values yet."""
+        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
+
+    def kv_heads(self) -> tuple[int, int]:
+        """Number and first of this rank's key-value heads; ranks share one where there are fewer heads than ranks."""
+        total, tp = self.config.num_kv_heads, self.tp
+        if total < tp.size and tp.size % total == 0:
+            return 1, tp.rank * total // tp.size
+        count = tp.shard(total, "key-value heads")
+        return count, tp.rank * count
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one tensor of a checkpoint goes: all of it, or this rank's slice of it along `dim`."""
+
+    target: Tensor  # a view into a parameter
+    shape: tuple[int, ...]  # of the whole tensor
+    dim: int = 0
+    start: int = 0
+    size: int | None = None  # None: the whole
+
+    def slices(self) -> tuple[slice, ...]:
+        """This rank's part, as an index into the whole tensor."""
+        whole = [slice(None)] * len(self.shape)
+        if self.size is not None:
+            whole[self.dim] = slice(self.start, self.start + self.size)
+        return tuple(whole)
+
+    def put(self, part: Tensor) -> None:
+        """Fills the target with `part`, which `slices` chose."""
+        self.target.copy_(part)
+
+
+@runtime_checkable
+class Loadable(Protocol):
+    """A layer whose parameters come out of a checkpoint."""
+
+    def places(self, path: str) -> Iterator[tuple[str, Place]]:
+        """Names in the checkpoint and where those tensors go; `path` is the layer's own place in the model."""
+        ...
+
+
+def model_places(model: nn.Module) -> dict[str, Place]:
+    """Every tensor that the model wants, by its Hugging Face name."""
+    found: dict[str, Place] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Loadable):
+            found.update(module.places(path if path == "lm_head" else f"model.{path}"))
+    return found

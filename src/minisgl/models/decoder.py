@@ -1,0 +1,93 @@
+"""The skeleton that all families share. A family says what differs: see `llama.py` for the simplest."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from minisgl.attention.base import ForwardBatch
+from minisgl.models.build import Build
+from minisgl.models.config import ModelConfig, Values
+from minisgl.models.layers import MLP, Attention, RMSNorm, VocabTable
+from minisgl.models.rotary import Rotary, Rotation
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then the same with the MLP. The residual sum travels apart and is added in the norms."""
+
+    def __init__(self, build: Build, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(build, build.config.hidden_size)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(build, build.config.hidden_size)
+        self.mlp = mlp
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rotation: Rotation, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, rotation, batch)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class CausalLM(nn.Module):
+    """A decoder-only transformer: embedding, layers, norm, head.
+
+    A family is a subclass: it names itself, reads what its configurations add, and chooses its attention and MLP.
+    """
+
+    family: ClassVar[str]  # `model_type` in config.json
+    gguf_architecture: ClassVar[str | None] = None
+    gguf_interleaved: ClassVar[bool] = False  # query and key rows lie as rotary pairs (2i, 2i + 1) in GGUF files
+
+    @staticmethod
+    def read_fields(values: Values, num_layers: int) -> dict[str, Any]:
+        """Fields of ModelConfig beyond `config.base_fields`, from a Hugging Face configuration."""
+        return {}
+
+    @staticmethod
+    def read_gguf_fields(values: Values) -> dict[str, Any]:
+        """Fields of ModelConfig beyond those of every GGUF file."""
+        return {}
+
+    def make_attention(self, build: Build, layer: int) -> nn.Module:
+        return Attention(build, layer)
+
+    def make_mlp(self, build: Build, layer: int) -> nn.Module:
+        return MLP(build)
+
+    def __init__(self, build: Build) -> None:
+        """Builds the model on its device, with parameters that hold no values yet."""
+        super().__init__()
+        config = build.config
+        self.config: ModelConfig = config
+        self.num_kv_heads_per_rank = build.kv_heads()[0]
+        self.embed_tokens = VocabTable(build)
+        self.layers = nn.ModuleList(
+            DecoderLayer(build, self.make_attention(build, i), self.make_mlp(build, i))
+            for i in range(config.num_layers)
+        )
+        self.norm = RMSNorm(build, config.hidden_size)
+        self.lm_head = self.embed_tokens if config.tie_embeddings else VocabTable(build)
+        self.rotary = Rotary(config, build.device)
+        self.eval()
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """One step: writes keys and values of its T tokens into `batch.pool`.
+
+        `batch.attention.prepare(batch)` comes before.
+
+        Returns:
+            Logits [R, vocab_size] in float32 of the rows `batch.logits_indices`.
+        """
+        rotation = self.rotary(batch.positions)
+        x = self.embed_tokens.embed(batch.input_ids)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, rotation, batch)
+        assert residual is not None
+        rows = batch.logits_indices
+        x, _ = self.norm(x.index_select(0, rows), residual.index_select(0, rows))
+        return self.lm_head.logits(x)

@@ -1,0 +1,193 @@
+"""Models in GGUF files: their shape from the metadata, their weights dequantised tensor by tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from msgspec import structs
+
+from minisgl.gguf_file import GGUFFile, GGUFTensor
+from minisgl.models.build import model_places
+from minisgl.models.config import ModelConfig, RopeScaling, Values, check, yarn_mscale
+from minisgl.models.decoder import CausalLM
+from minisgl.models.progress import byte_bar
+from minisgl.models.weights import check_shape, require_all, unknown_tensors
+from minisgl.types import ModelError
+
+ROPE_FACTORS = "rope_freqs.weight"
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+
+
+# -- the model's shape ------------------------------------------------------------------------------------------------
+
+
+def read_config(file: GGUFFile, families: Mapping[str, type[CausalLM]]) -> ModelConfig:
+    """The shape of the model in `file`; `families` by their GGUF architecture.
+
+    Raises:
+        ModelError: an architecture or feature that isn't supported, or metadata that is missing or makes no sense.
+    """
+    architecture = Values(file.metadata, file.path).text("general.architecture")
+    if architecture not in families:
+        raise ModelError(
+            f"{file.path}: general.architecture is {architecture!r}, which isn't supported; "
+            f"supported: {', '.join(families)}"
+        )
+    prefix = f"{architecture}."
+    own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    values = Values(own, file.path, prefix)
+    family = families[architecture]
+    fields = _fields(file, values) | family.read_gguf_fields(values)
+    config = ModelConfig(family=family.family, **fields)
+    if values.has("expert_count") and values.integer("expert_count", low=0) and config.moe is None:
+        raise values.error("expert_count", f"is set: a mixture of experts isn't supported for {architecture}")
+    return check(config, file.path)
+
+
+def _fields(file: GGUFFile, values: Values) -> dict[str, Any]:
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ModelError(f"{file.path} lacks the tensor token_embd.weight")
+    hidden, heads = values.integer("embedding_length"), values.integer("attention.head_count")
+    head_dim = values.integer("attention.key_length", max(hidden // heads, 1))
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if values.integer(key, head_dim) != head_dim:
+            raise values.error(key, f"differs from the head size {head_dim}, which isn't supported")
+    num_layers = values.integer("block_count")
+    window = values.integer("attention.sliding_window", 0, low=0) or None
+    return {
+        "vocab_size": embedding.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": values.integer("feed_forward_length"),
+        "num_layers": num_layers,
+        "num_heads": heads,
+        "num_kv_heads": values.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position": values.integer("context_length"),
+        "norm_eps": values.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": values.number("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(file, values),
+        "tie_embeddings": "output.weight" not in file.tensors,
+        "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
+        "o_bias": "blk.0.attn_output.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
+        "windows": (window,) * num_layers,
+    }
+
+
+def _rope_scaling(file: GGUFFile, values: Values) -> RopeScaling | None:
+    if ROPE_FACTORS in file.tensors:
+        factors = dequantise(_raw(file), file.tensors[ROPE_FACTORS])
+        return RopeScaling("factors", factors=tuple(factors.reshape(-1).tolist()))
+    kind = values.text("rope.scaling.type", "none")
+    if kind == "none":
+        legacy = values.number("rope.scale_linear", 1.0)
+        return None if legacy == 1 else RopeScaling("linear", legacy)
+    if kind not in ("linear", "yarn"):
+        raise values.error("rope.scaling.type", f"is {kind!r}, which isn't supported; supported: none, linear, yarn")
+    factor = values.number("rope.scaling.factor")
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    return RopeScaling(
+        "yarn",
+        factor,
+        values.integer("rope.scaling.original_context_length", values.integer("context_length")),
+        beta_fast=values.number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=values.number("rope.scaling.yarn_beta_slow", 1.0),
+        attention_factor=values.number("rope.scaling.attn_factor", 1.0) * yarn_mscale(factor),
+    )
+
+
+# -- the weights ------------------------------------------------------------------------------------------------------
+
+
+def load(model: CausalLM, file: GGUFFile, progress: bool) -> None:
+    """Fills `model` from `file`, which is mapped into memory; one dequantised tensor at a time stands beside it.
+
+    Raises:
+        ModelError: tensors missing, unexpected, of another shape, or of a type that gguf can't dequantise.
+    """
+    places, path, raw = model_places(model), Path(file.path), _raw(file)
+    found: set[str] = set()
+    tensors = [tensor for tensor in file.tensors.values() if tensor.name != ROPE_FACTORS]
+    with byte_bar(f"Loading {path.name}", sum(t.num_bytes for t in tensors), progress) as advance:
+        for tensor in tensors:
+            for name, part in _pieces(tensor):
+                if name not in places:
+                    raise unknown_tensors([tensor.name], path)
+                check_shape(tensor.name, part.shape, places[name], path)
+                values = torch.from_numpy(dequantise(raw, part))
+                if model.gguf_interleaved and re.search(r"[qk]_proj", name):
+                    values = _split_pairs(values, model.config.head_dim)
+                places[name].put(values[places[name].slices()])
+                found.add(name)
+            advance(tensor.num_bytes)
+    require_all(places, found, path)
+
+
+def _raw(file: GGUFFile) -> np.ndarray:
+    try:
+        return np.memmap(file.path, dtype=np.uint8, mode="r")
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{file.path} can't be read: {e}") from e
+
+
+def _pieces(tensor: GGUFTensor) -> Iterator[tuple[str, GGUFTensor]]:
+    """A tensor under its Hugging Face name; the experts of a stacked one apart. An unknown name stays as it is."""
+    name = _translate(tensor.name)
+    if "{}" not in name:
+        yield name, tensor
+        return
+    num_experts, size = tensor.shape[0], tensor.num_bytes // tensor.shape[0]
+    for i in range(num_experts):
+        part = structs.replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + i * size, num_bytes=size)
+        yield name.format(i), part
+
+
+def _translate(name: str) -> str:
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if match is None or match[2] not in NAMES:
+        return name
+    layer = f"model.layers.{match[1]}." if match[1] else ""
+    return f"{layer}{NAMES[match[2]]}.{match[3]}"
+
+
+def dequantise(raw: np.ndarray, tensor: GGUFTensor) -> np.ndarray:
+    """The values of `tensor`, float32 in its shape, from `raw`, the bytes of its file."""
+    import gguf
+
+    data = raw[tensor.offset : tensor.offset + tensor.num_bytes]
+    try:
+        values = gguf.dequantize(data, gguf.GGMLQuantizationType[tensor.type])
+    except NotImplementedError as e:
+        raise ModelError(f"tensor {tensor.name} is of type {tensor.type}, which the gguf package can't read") from e
+    return np.require(values.reshape(tensor.shape), np.float32, "W")
+
+
+def _split_pairs(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of each head in Hugging Face's order, halves (i, i + head_dim / 2), from rotary pairs (2i, 2i + 1)."""
+    return rows.view(-1, head_dim // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

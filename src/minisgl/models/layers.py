@@ -1,0 +1,195 @@
+"""The layers that all families share.
+
+Activations are [T, …]: the tokens of all sequences of a step, one after another. Weights are merged where one input
+feeds several projections, so that a layer is few, large matrix products. Under tensor parallelism a rank holds
+whole heads, a share of the MLP's inner width and a range of the vocabulary; `Build.tp` says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minisgl.attention.base import ForwardBatch
+from minisgl.models.build import Build, Place
+from minisgl.models.rotary import Rotation
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last dimension (Zhang and Sennrich 2019), with the residual sum before it."""
+
+    def __init__(self, build: Build, size: int) -> None:
+        super().__init__()
+        self.weight = build.empty(size)
+        self.eps = build.config.norm_eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of `x + residual`, and that sum itself; `residual` is added to in place."""
+        residual = x if residual is None else residual.add_(x)
+        return F.rms_norm(residual, self.weight.shape, self.weight, self.eps), residual
+
+    def places(self, path: str) -> Iterator[tuple[str, Place]]:
+        yield f"{path}.weight", Place(self.weight, tuple(self.weight.shape))
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each query and each key head (Qwen3): one operation over both, which lie side by side."""
+
+    def __init__(self, build: Build, num_heads: int, num_kv_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.weight = build.empty(num_heads + num_kv_heads, build.config.head_dim)
+        self.eps = build.config.norm_eps
+
+    def forward(self, qk: Tensor) -> Tensor:
+        """`qk` [T, num_heads + num_kv_heads, head_dim], normed."""
+        return F.rms_norm(qk, qk.shape[-1:], None, self.eps) * self.weight
+
+    def places(self, path: str) -> Iterator[tuple[str, Place]]:
+        parent, shape = path.rpartition(".")[0], (self.weight.shape[1],)
+        yield f"{parent}.q_norm.weight", Place(self.weight[: self.num_heads], shape)
+        yield f"{parent}.k_norm.weight", Place(self.weight[self.num_heads :], shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One projection in a merged weight: its name and rows in the checkpoint, and this rank's range of them."""
+
+    name: str
+    rows: int
+    start: int
+    size: int
+
+
+class ColumnLinear(nn.Module):
+    """Projections of one input, merged: ranks split the output, `[T, in] → [T, sum of the parts' sizes]`."""
+
+    def __init__(self, build: Build, in_size: int, parts: Sequence[Part], bias: bool) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        out_size = sum(part.size for part in parts)
+        self.weight = build.empty(out_size, in_size)
+        self.bias = build.empty(out_size) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def places(self, path: str) -> Iterator[tuple[str, Place]]:
+        parent, row = path.rpartition(".")[0], 0
+        for part in self.parts:
+            rows = slice(row, row + part.size)
+            shape = (part.rows, self.weight.shape[1])
+            yield f"{parent}.{part.name}.weight", Place(self.weight[rows], shape, 0, part.start, part.size)
+            if self.bias is not None:
+                yield f"{parent}.{part.name}.bias", Place(self.bias[rows], shape[:1], 0, part.start, part.size)
+            row += part.size
+
+
+class RowLinear(nn.Module):
+    """A projection whose input the ranks split, `[T, in of this rank] → [T, out]`, summed over the ranks."""
+
+    def __init__(self, build: Build, in_size: int, out_size: int, bias: bool, start: int, size: int) -> None:
+        super().__init__()
+        self.tp, self.start, self.in_size = build.tp, start, in_size
+        self.weight = build.empty(out_size, size)
+        self.bias = build.empty(out_size) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        out = self.tp.all_reduce(F.linear(x, self.weight))
+        return out if self.bias is None else out + self.bias
+
+    def places(self, path: str) -> Iterator[tuple[str, Place]]:
+        out_size, size = self.weight.shape
+        yield f"{path}.weight", Place(self.weight, (out_size, self.in_size), 1, self.start, size)
+        if self.bias is not None:
+            yield f"{path}.bias", Place(self.bias, (out_size,))
+
+
+class VocabTable(nn.Module):
+    """A row a token id: the embedding, the head, or both where a model ties them.
+
+    Ranks hold equal ranges of ids; the last range ends in rows of zeros where the vocabulary doesn't divide.
+    """
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        self.tp, self.vocab_size = build.tp, build.config.vocab_size
+        self.rows = -(-self.vocab_size // build.tp.size)
+        self.start = build.tp.rank * self.rows
+        self.size = max(0, min(self.rows, self.vocab_size - self.start))  # rows that are ids
+        self.weight = build.empty(self.rows, build.config.hidden_size)
+        self.weight[self.size :].zero_()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [T] → their rows [T, hidden_size]."""
+        if self.tp.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.start
+        mine = (local >= 0) & (local < self.rows)
+        rows = F.embedding(local.clamp(0, self.rows - 1), self.weight) * mine.unsqueeze(-1)
+        return self.tp.all_reduce(rows)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states [R, hidden_size] → logits [R, vocab_size] in float32, the same on every rank."""
+        logits = self.tp.all_gather(F.linear(x, self.weight))
+        return logits[:, : self.vocab_size].float()
+
+    def places(self, path: str) -> Iterator[tuple[str, Place]]:
+        shape = (self.vocab_size, self.weight.shape[1])
+        yield f"{path}.weight", Place(self.weight[: self.size], shape, 0, self.start, self.size)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention over the paged pool."""
+
+    def __init__(self, build: Build, layer: int, head_norm: bool = False) -> None:
+        super().__init__()
+        config, tp = build.config, build.tp
+        self.layer, self.head_dim = layer, config.head_dim
+        self.num_heads = tp.shard(config.num_heads, "attention heads")
+        self.num_kv_heads, first_kv = build.kv_heads()
+        self.scale = config.head_dim**-0.5
+        self.window = config.windows[layer]
+        start, size = tp.rank * self.num_heads * self.head_dim, self.num_heads * self.head_dim
+        kv = (config.num_kv_heads * self.head_dim, first_kv * self.head_dim, self.num_kv_heads * self.head_dim)
+        q_rows = config.num_heads * self.head_dim
+        parts = (Part("q_proj", q_rows, start, size), Part("k_proj", *kv), Part("v_proj", *kv))
+        self.qkv_proj = ColumnLinear(build, config.hidden_size, parts, config.qkv_bias)
+        self.head_norm = HeadNorm(build, self.num_heads, self.num_kv_heads) if head_norm else None
+        self.o_proj = RowLinear(build, q_rows, config.hidden_size, config.o_bias, start, size)
+
+    def forward(self, x: Tensor, rotation: Rotation, batch: ForwardBatch) -> Tensor:
+        """`x` [T, hidden_size] → [T, hidden_size]; this step's keys and values go into the pool first."""
+        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        num_qk = self.num_heads + self.num_kv_heads
+        qk, v = heads[:, :num_qk], heads[:, num_qk:]
+        if self.head_norm is not None:
+            qk = self.head_norm(qk)
+        qk = rotation.apply(qk)
+        q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
+        batch.pool.store(self.layer, k, v, batch.slots)
+        out = batch.attention.forward(q, self.layer, batch, self.scale, self.window)
+        return self.o_proj(out.view(x.shape[0], -1))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        config, tp = build.config, build.tp
+        total = config.intermediate_size
+        share = tp.shard(total, "columns of the MLP")
+        start = tp.rank * share
+        parts = [Part(name, total, start, share) for name in ("gate_proj", "up_proj")]
+        self.gate_up_proj = ColumnLinear(build, config.hidden_size, parts, config.mlp_bias)
+        self.down_proj = RowLinear(build, total, config.hidden_size, config.mlp_bias, start, share)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate).mul_(up))  # type: ignore[no-any-return]
