@@ -13,7 +13,7 @@ from typing import Any
 from minisgl.config import DEFAULT_MODEL, EngineConfig
 from minisgl.engine.engine import Engine
 from minisgl.models.hub import resolve_model
-from minisgl.text import OutputProcessor, load_text
+from minisgl.text import OutputProcessor, Tokenizer, load_text
 from minisgl.types import Completion, RequestError, RequestOutput, SamplingParams, TextDelta
 
 Prompt = str | Sequence[int]
@@ -45,7 +45,7 @@ class LLM:
         self._ids = count()
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; None if its folder has none, and then prompts must be token ids."""
         return self.text.tokenizer
 
@@ -130,18 +130,13 @@ class LLM:
             self._abandon([request_id])
 
     def _render(self, messages: Messages, options: dict[str, Any]) -> list[int]:
-        template = self.text.chat_template
-        if template is None:
-            raise RequestError("the model has no chat template; use generate with a plain prompt")
-        return self._encode(template.render(list(messages), **options), add_special_tokens=False)
+        prompt = self.text.require_chat_template().render(list(messages), **options)
+        return self._encode(prompt, add_special_tokens=False)
 
     def _encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         if not isinstance(prompt, str):
             return list(prompt)
-        if self.tokenizer is None:
-            raise RequestError("the model's folder has no tokenizer; give token ids instead of text", "prompt")
-        ids: list[int] = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-        return ids
+        return self.text.require_tokenizer().encode(prompt, add_special_tokens=add_special_tokens)
 
     def _add(self, tokens: Sequence[int], params: SamplingParams) -> str:
         request_id = str(next(self._ids))
