@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import count_lines
+
+PYTHON = '''"""Docstring
+of two lines."""
+
+# comment
+import os  # counted once
+
+
+def f(x: int) -> str:
+    """Docstring."""
+    text = """a string, and
+# no comment
+no docstring"""
+    return text
+
+
+class A:
+    """Docstring."""
+
+    b = (
+        1,  # one
+
+    )
+    "a string that stands alone is code unless it comes first"
+'''
+
+
+def test_count_python_leaves_out_blanks_comments_and_docstrings() -> None:
+    assert count_lines.count_python(PYTHON) == 11
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("", 0),
+        ("int a; // comment\n\n// comment\nint b;\n", 2),
+        ("/* over\n two lines */ int a;\n/* alone */\n", 1),
+        ("int a; /* begins\n here */\n", 1),
+        ('auto url = "http://x"; /* 1 */\nauto s = "/*";\nint b; // "\n', 3),
+        ("char a = '\"'; // it's\nchar b = '/'; // '\"\nint c;\n", 3),
+        ("int big = 1'000'000; // a 'separator\nint b;\n", 2),
+        ('auto s = R"x(\n// in a raw string\n)x";\n// not\n', 3),
+        ("// goes on \\\nover the end\nint a;\n", 1),
+    ],
+)
+def test_count_c_like_leaves_out_blanks_and_comments(source: str, lines: int) -> None:
+    assert count_lines.count_c_like(source) == lines
+
+
+def _tree(root: Path, engine_lines: int) -> None:
+    for name, lines in {
+        "src/minisgl/types.py": 3,
+        "src/minisgl/engine/engine.py": engine_lines,
+        "src/minisgl/cli/main.py": 5000,
+        "src/minisgl/server/static/chart.py": 5000,
+        "src/minisgl/kernels/store/store.cu": 4,
+        "csrc/radix/tree.cpp": 5,
+        "csrc/README.md": 9,
+    }.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a = 1;\n" * lines)
+
+
+def test_count_packages_sums_by_package_and_keeps_the_rest_apart(tmp_path: Path) -> None:
+    _tree(tmp_path, engine_lines=7)
+    within, outside = count_lines.count_packages(tmp_path)
+    assert within == {"src/minisgl": 3, "src/minisgl/engine": 7, "src/minisgl/kernels": 4, "csrc/radix": 5}
+    assert outside == {"src/minisgl/cli": 5000, "src/minisgl/server": 5000}
+
+
+@pytest.mark.parametrize(("over", "code"), [(0, 0), (1, 1)])
+def test_main_fails_above_the_budget(
+    over: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _tree(tmp_path, engine_lines=count_lines.BUDGET - 12 + over)
+    monkeypatch.setattr(count_lines, "ROOT", tmp_path)
+    assert count_lines.main() == code
+    assert ("over the budget by 1 lines" in capsys.readouterr().out) == bool(code)
