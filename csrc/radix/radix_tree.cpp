@@ -8,6 +8,10 @@
 
 #include "compare.hpp"
 
+#ifndef RADIX_HASH_MASK  // tests make it small, so that hashes collide
+#define RADIX_HASH_MASK ~std::uint64_t{0}
+#endif
+
 namespace minisgl {
 
 RadixTree::RadixTree(std::int64_t page_size) : page_size_(static_cast<std::size_t>(page_size)) {
@@ -186,7 +190,7 @@ std::uint64_t RadixTree::hash_child(NodeId parent, Ids first_page) const {
     for (std::size_t i = 0; i < page_size_; ++i) {
         hash = ((hash << 5 | hash >> 59) ^ static_cast<std::uint32_t>(first_page[i])) * kMultiplier;
     }
-    return hash ^ hash >> 32;
+    return (hash ^ hash >> 32) & RADIX_HASH_MASK;
 }
 
 // The child of `parent` whose first page is the first of `tokens`.
