@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -191,8 +190,7 @@ class LLM:
         """Forgets requests; those still running are ended."""
         for request_id in request_ids:
             if self._inbox.pop(request_id, None) is not None:
-                with suppress(KeyError):
-                    self._output.abort(request_id)
+                self._output.abort(request_id)
                 self.engine.abort(request_id)
 
 

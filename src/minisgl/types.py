@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 
 class MinisglError(Exception):
@@ -154,8 +155,8 @@ class SamplingParams:
             defaults: sampling defaults of the model, by this class's field names.
             eos_token_ids: ids that end a text, unless `ignore_eos`.
         """
-        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-        filled = {
+        neutral: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        filled: dict[str, Any] = {
             name: defaults.get(name, value) if getattr(self, name) is None else getattr(self, name)
             for name, value in neutral.items()
         }

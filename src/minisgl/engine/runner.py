@@ -78,7 +78,7 @@ class ModelRunner:
         self.last_token[torch.tensor(rows, device=self.device)] = tokens.to(torch.int32)
         handle.tokens = tokens.to("cpu", non_blocking=True)
         if self.device.type == "cuda":
-            handle.done = torch.cuda.Event()
+            handle.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             handle.done.record()
 
     def collect(self, handle: StepHandle) -> StepResult:

@@ -58,7 +58,7 @@ class RowState:
         """
         p = self.params
         if self.seen is not None:
-            penalty = p.repetition_penalty
+            penalty = p.repetition_penalty or 1.0
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits.copy_(torch.where(self.seen, penalised, logits))
         if self.counts is not None:
