@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import subprocess
 import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import append_line, environment, spread
 
 from minisgl.cache.prefix import Implementation, PrefixCache, make_prefix_cache
-from minisgl.hardware import detect
 
 HERE = Path(__file__).parent
 SHARED, TAIL = 512, 384  # tokens
@@ -95,8 +93,7 @@ def measure(calls: Iterator[Callable[[], object]]) -> dict[str, float]:
         start = time.perf_counter_ns()
         call()
         times.append(time.perf_counter_ns() - start)
-    p10, median, p90 = np.percentile(times, [10, 50, 90]) / 1000
-    return {"median_us": round(float(median), 3), "p10_us": round(float(p10), 3), "p90_us": round(float(p90), 3)}
+    return {f"{name}_us": round(value, 3) for name, value in spread([ns / 1000 for ns in times]).items()}
 
 
 def repeated(call: Callable[[], object], samples: int = 2001) -> Iterator[Callable[[], object]]:
@@ -123,18 +120,6 @@ def run_compare() -> list[dict[str, Any]]:
         subprocess.run([compiler, "-std=c++20", "-O3", HERE / "bench_compare.cpp", "-o", program], check=True)
         lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
     return [json.loads(line) for line in lines]
-
-
-def git_commit() -> str:
-    """The commit, with '+' behind it where tracked files differ; 'unknown' outside a repository."""
-    try:
-        git = ["git", "-C", str(HERE)]
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True)
-        paths = [str(HERE.parent / name) for name in ("csrc", "src/minisgl/cache", "benchmarks")]
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths], check=False).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + "+" * (changed != 0)
 
 
 def row(name: str, result: dict[str, float], floor: float | None = None) -> str:
@@ -166,21 +151,9 @@ def main() -> None:
     compare = run_compare()
     for line in compare:
         print(f"C++ compare, {line['ids']:5} ids, {line['compare']:14}{line['median_ns']:10.1f} ns")
-    record = {
-        "benchmark": "radix",
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "cpu": detect().cpu,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "page_size": args.page_size,
-        "floor": floor,
-        "results": results,
-        "compare": compare,
-    }
     if not args.no_save:
-        with open(HERE / "results" / "radix.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        record = {"page_size": args.page_size, "floor": floor, "results": results, "compare": compare}
+        append_line("radix.jsonl", environment("cpu") | record)
 
 
 if __name__ == "__main__":
