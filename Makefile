@@ -29,7 +29,7 @@ help:
 	@echo 'PYTHON=python3.12 chooses the interpreter of a new .venv'
 
 demo: $(VENV)/package.stamp
-	@$(PY) -m minisgl generate --model '$(MODEL)' -- "$$PROMPT"
+	@$(PY) -m minisgl generate --model '$(MODEL)' --temperature 0 -- "$$PROMPT"
 
 test: $(VENV)/package.stamp $(VENV)/dev.stamp
 	$(PY) -m pytest $(ARGS)
@@ -70,7 +70,8 @@ $(VENV)/dev.stamp: $(VENV)/base.stamp
 	$(PIP) $(PINS) -r $(VENV)/base.txt -r $(VENV)/dev.txt
 	@touch $@
 
-# Not editable: what runs is what was installed, and what was installed is what the tree holds now.
+# Not editable: what runs is what was installed, and what was installed is what the tree holds now. No cache: pip
+# may keep the wheel of a folder by the folder's name.
 $(VENV)/package.stamp: $(VENV)/base.stamp $(SOURCES) CMakeLists.txt README.md LICENSE
-	$(PIP) -q --no-deps --no-build-isolation --force-reinstall .
+	$(PIP) -q --no-cache-dir --no-deps --no-build-isolation --force-reinstall .
 	@touch $@

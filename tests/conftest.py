@@ -22,8 +22,10 @@ def pytest_configure() -> None:
     installed = Path(minisgl.__file__).parent
     if installed == TREE:
         return
-    for path in sorted(TREE.rglob("*.py")):
+    for path in sorted(TREE.rglob("*")):
         copy = installed / path.relative_to(TREE)
+        if path.is_dir() or path.suffix in (".pyc", ".so"):
+            continue
         if not copy.is_file() or copy.read_bytes() != path.read_bytes():
             raise pytest.UsageError(f"{installed} isn't what the tree holds ({path} differs); use make test")
 
