@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import fake_engine
@@ -47,15 +47,14 @@ class Parent:
         for socket in (self._commands, self._outputs):
             socket.set(zmq.SNDTIMEO, TIMEOUT_MS)
             socket.set(zmq.RCVTIMEO, TIMEOUT_MS)
-        self._commands.bind(process.commands_address)
+        self._commands.connect(process.commands_address)
         self._outputs.bind(process.outputs_address)
 
     def send(self, *commands: Command) -> None:
         self._commands.send(encode(Commands(list(commands))))
 
     def shut_down(self) -> None:
-        with suppress(zmq.Again):  # it has ended already
-            self._commands.send(encode(Shutdown()), zmq.NOBLOCK)
+        self._commands.send(encode(Shutdown()))
 
     def receive(self) -> FromEngine:
         return decode_from_engine(self._outputs.recv())
@@ -79,13 +78,14 @@ def start(model: str = "slow") -> Iterator[Parent]:
             yield parent
         finally:
             parent.shut_down()
-            context.destroy(linger=500)
+            context.destroy(linger=200)
 
 
 @contextmanager
 def ready(model: str = "slow") -> Iterator[Parent]:
     with start(model) as parent:
         assert isinstance(parent.receive(), EngineReady)
+        assert parent.step().stats.num_free_pages == fake_engine.NUM_PAGES
         yield parent
 
 
@@ -213,7 +213,7 @@ def test_engine_process_folder_is_private_and_goes_with_it() -> None:
     assert not folder.exists()
 
 
-def test_engine_process_dies_with_its_parent() -> None:
+def test_engine_process_dies_with_its_parent(tmp_path: Path) -> None:
     script = (
         "from minisgl.config import EngineConfig\n"
         "from minisgl.engine.process import EngineProcess\n"
@@ -223,7 +223,7 @@ def test_engine_process_dies_with_its_parent() -> None:
         "        print(process.pid, flush=True)\n"
         "        time.sleep(60)\n"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=env, text=True)
     assert parent.stdout is not None
     child = int(parent.stdout.readline())

@@ -1,7 +1,7 @@
 """The engine process: a step loop between two sockets, and the handle by which its parent starts and ends it.
 
-The parent binds both sockets, the child connects. The child's sends never block (no high-water mark): how much can
-queue up is bounded by the number of requests that the parent lets in. The child never outlives its parent.
+On both sockets the receiver binds and the sender connects, without a high-water mark: so no send ever blocks. How much
+can queue up is bounded by the number of requests that the parent lets in. The child never outlives its parent.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def engine_main(config: EngineConfig, commands: str, outputs: str, parent_pid: i
 
     Args:
         config: its `model` is a path on this machine.
-        commands: address that `ToEngine` messages come from.
-        outputs: address that `FromEngine` messages go to.
+        commands: address to bind; `ToEngine` messages come in there.
+        outputs: address to connect to; `FromEngine` messages go there.
         parent_pid: the process to die with.
         engine: `module:attribute` of a callable that makes an `EngineLike` from the configuration.
     """
@@ -85,7 +85,11 @@ def engine_main(config: EngineConfig, commands: str, outputs: str, parent_pid: i
     context = zmq.Context()
     code = 0
     try:
-        receiver, sender = _connect(context, zmq.PULL, commands), _connect(context, zmq.PUSH, outputs)
+        receiver, sender = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+        for socket in (receiver, sender):
+            socket.set_hwm(0)
+        receiver.bind(commands)
+        sender.connect(outputs)
         try:
             _run(_make_engine(engine, config), receiver, sender, parent_pid)
         except MinisglError as error:
@@ -111,13 +115,6 @@ def _die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
-def _connect(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str) -> zmq.Socket[bytes]:
-    socket = context.socket(kind)
-    socket.set_hwm(0)
-    socket.connect(address)
-    return socket
-
-
 def _make_engine(name: str, config: EngineConfig) -> EngineLike:
     module, _, attribute = name.partition(":")
     engine: EngineLike = getattr(importlib.import_module(module), attribute)(config)
@@ -134,6 +131,7 @@ def _run(engine: EngineLike, commands: zmq.Socket[bytes], outputs: zmq.Socket[by
     config = engine.config
     outputs.send(encode(EngineReady(engine.max_total_tokens, engine.vocab_size, config.device, config.dtype)))
     stats = engine.stats()
+    outputs.send(encode(StepOutputs([], stats)))
     while True:
         if not engine.has_work:
             _wait(commands, parent_pid)
@@ -184,8 +182,8 @@ def _apply(engine: EngineLike, command: Command) -> TokenOutput | None:
 class EngineProcess:
     """The engine's process as its parent holds it; a context manager, to be entered in the main thread.
 
-    Entering starts the process, leaving ends it and removes the folder of the sockets. The sockets' parent side
-    (`commands_address` and `outputs_address`, to be bound) belongs to whoever talks to the engine.
+    Entering starts the process, leaving ends it and removes the folder of the sockets. Whoever talks to the engine
+    connects to `commands_address` and binds `outputs_address`.
     """
 
     def __init__(self, config: EngineConfig, engine: str = ENGINE) -> None:

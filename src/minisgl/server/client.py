@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -31,7 +31,7 @@ from minisgl.text.output import OutputProcessor
 from minisgl.types import EngineDeadError, MinisglError, OverloadedError, RequestError, SamplingParams
 
 LAST_WORDS_S = 0.2  # what an engine said before it died arrives within this time
-LINGER_MS = 1000
+LINGER_MS = 200  # for the message that ends the engine
 
 
 class EngineHandle(Protocol):
@@ -50,7 +50,7 @@ class AsyncEngineClient:
     """Talks to one engine process. Create, use and close it inside one event loop, with `run` as a task beside.
 
     Args:
-        engine: the process; the client binds its addresses and watches its sentinel.
+        engine: the process; the client connects to its sockets and watches its sentinel.
         processor: turns token outputs into text.
         max_queue: sequences waiting or running, at most.
     """
@@ -66,10 +66,11 @@ class AsyncEngineClient:
         self.stats = EngineStats()
         self._context = zmq.Context()
         self._outputs = zmq.asyncio.Socket(self._context, zmq.PULL)
+        self._outputs.set_hwm(0)
+        self._outputs.bind(engine.outputs_address)
         self._commands = self._context.socket(zmq.PUSH)  # sends never wait, so it needn't be asyncio's
-        for socket, address in ((self._outputs, engine.outputs_address), (self._commands, engine.commands_address)):
-            socket.set_hwm(0)
-            socket.bind(address)
+        self._commands.set_hwm(0)
+        self._commands.connect(engine.commands_address)
 
     @property
     def num_open(self) -> int:
@@ -133,11 +134,11 @@ class AsyncEngineClient:
 
     def close(self) -> None:
         """Tells the engine to end, and closes the sockets. Idempotent."""
-        if self._context.closed:
-            return
         self.fail(EngineDeadError("the server is shutting down"))
         self._send(encode(Shutdown()))
-        self._context.destroy(linger=LINGER_MS)
+        self._outputs.close(linger=0)
+        self._commands.close(linger=LINGER_MS)
+        self._context.term()
 
     def _admit(self, num_sequences: int) -> None:
         if self._failure is not None:
@@ -164,8 +165,7 @@ class AsyncEngineClient:
 
     def _send(self, message: bytes) -> None:
         if not self._commands.closed:
-            with suppress(zmq.Again):  # nobody is there: `run` is about to notice
-                self._commands.send(message, zmq.NOBLOCK)
+            self._commands.send(message, zmq.NOBLOCK)
 
     async def _receive(self) -> None:
         while True:

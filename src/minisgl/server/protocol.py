@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from minisgl.types import RequestError, SamplingParams
 
@@ -184,9 +184,9 @@ class CompletionRequest(GenerationRequest):
 
     prompt: (
         str
-        | Annotated[list[str], FailFast(), Field(min_length=1)]
-        | Annotated[list[int], FailFast(), Field(min_length=1)]
-        | Annotated[list[list[int]], FailFast(), Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[int], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[list[int]], Field(min_length=1, fail_fast=True)]
     )
     logprobs: int | None = None
 
