@@ -33,7 +33,9 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | Non
     return out
 
 
-def make_batch(lens: list[int], counts: list[int], kv_heads: int, page_size: int, seed: int, runs: bool) -> ForwardBatch:
+def make_batch(
+    lens: list[int], counts: list[int], kv_heads: int, page_size: int, seed: int, runs: bool
+) -> ForwardBatch:
     """Sequences of random keys and values; `runs`: whose pages follow one another."""
     torch.manual_seed(seed)
     pages = [-(-n // page_size) for n in lens]
@@ -76,7 +78,9 @@ MIXES = {
 
 @pytest.mark.parametrize("window", [None, 1, 10, 1000])
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize(("heads", "kv_heads", "page_size", "runs"), [(4, 4, 1, False), (6, 2, 16, True), (7, 1, 4, False)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "page_size", "runs"), [(4, 4, 1, False), (6, 2, 16, True), (7, 1, 4, False)]
+)
 def test_torch_sdpa_equals_attention_written_out(
     mix: str, window: int | None, heads: int, kv_heads: int, page_size: int, runs: bool
 ) -> None:

