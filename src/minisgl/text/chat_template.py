@@ -21,6 +21,17 @@ from minisgl.types import RequestError
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 
+# What running a template may raise: its own refusal, or an operation that doesn't fit the messages.
+_TEMPLATE_FAILURES = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
 
 class _GenerationTag(Extension):
     """`{% generation %}` marks the assistant's words for training; here its body is rendered as it is."""
@@ -99,7 +110,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+        except _TEMPLATE_FAILURES as e:
             raise RequestError(f"the model's chat template refuses this request: {e}", "messages") from e
 
     def _get(self, name: str) -> jinja2.Template:
