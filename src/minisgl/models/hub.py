@@ -82,7 +82,7 @@ def _local(path: Path) -> Path:
 
 def _from_hub(name: str, progress: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not progress:
         disable_progress_bars()
