@@ -1,8 +1,24 @@
-"""Servers for the tests to talk to. `fake_engine` and `servers` are found beside this file, by child processes too."""
+"""One server for all tests that do no harm to it. Helper modules lie beside this file; child processes import some."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+from servers import Server, make_model, serve  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Path) -> Iterator[Server]:
+    with serve(tiny_model) as server:
+        yield server

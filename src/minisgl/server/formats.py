@@ -84,17 +84,21 @@ class CompletionFormat:
         result = CompletionLogprobs([], [], [], [])
         offset = self._offsets.get(index, 0)
         for token in tokens:
-            text = self._token(token.token_id)
-            result.tokens.append(text)
+            result.tokens.append(self._token(token.token_id))
             result.token_logprobs.append(max(token.logprob, MIN_LOGPROB))
             result.top_logprobs.append({self._token(id): max(logprob, MIN_LOGPROB) for id, logprob in token.top})
             result.text_offset.append(offset)
-            offset += len(text)
+            offset += len(_bytes(self._text, token.token_id).decode("utf-8", "replace"))
         self._offsets[index] = offset
         return result
 
     def _token(self, token_id: int) -> str:
-        return _bytes(self._text, token_id).decode("utf-8", "replace")
+        """The token's text; its bytes, spelt out, if they are no text by themselves: keys must not collide."""
+        data = _bytes(self._text, token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _bytes(text: Text, token_id: int) -> bytes:
