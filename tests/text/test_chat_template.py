@@ -132,6 +132,8 @@ def test_render_gives_the_template_plain_data_only() -> None:
     )
     with pytest.raises(RequestError, match=r"messages\[0\]\.x is a datetime"):
         template.render([{"role": "user", "content": "", "x": datetime.now()}])
+    with pytest.raises(RequestError, match=r"^tools\[0\]\.f is a builtin"):
+        template.render([USER], tools=[{"f": print}])
     with pytest.raises(RequestError, match=r"messages\[0\] is a str"):
         template.render(["hello"])
 

@@ -142,6 +142,20 @@ def test_folder_tokens_listed_only_in_tokenizer_config_are_added(byte_level, sav
     assert ours.decode(ids) == "xy<note>"
 
 
+def test_folder_tokenizer_config_goes_before_the_flags_of_added_tokens(byte_level, save) -> None:
+    entry = {"content": "<think>", "lstrip": False, "normalized": False, "single_word": False, "special": True}
+    think = byte_level.token_to_id("<think>")
+    as_listed = {"added_tokens_decoder": {str(think): entry | {"rstrip": True}}}
+    as_named = {"pad_token": "<think>"}
+    for config, expected in ((as_listed, "xy"), (as_named, "x y")):
+        folder = save(byte_level, tokenizer_config=CONFIG | HF_CLASS | config)
+        ours, theirs = load_text(folder).tokenizer, AutoTokenizer.from_pretrained(folder)
+        ids = ours.encode("x<think> y")
+        assert ids == theirs.encode("x<think> y")
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == expected
+        assert think in ours.special_ids
+
+
 def test_folder_special_tokens_map_alone_names_the_tokens(byte_level, save) -> None:
     text = load_text(save(byte_level, special_tokens_map={"eos_token": {"content": "</s>"}, "bos_token": "<s>"}))
     assert text.tokenizer.special_tokens == {"eos_token": "</s>", "bos_token": "<s>"}

@@ -21,17 +21,6 @@ from minisgl.types import RequestError
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 
-# What running a template may raise: its own refusal, or an operation that doesn't fit the messages.
-_TEMPLATE_FAILURES = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
-
 
 class _GenerationTag(Extension):
     """`{% generation %}` marks the assistant's words for training; here its body is rendered as it is."""
@@ -103,14 +92,11 @@ class ChatTemplate:
         """
         template = self._get(TOOL_USE if tools and TOOL_USE in self.templates else DEFAULT)
         data = {**kwargs, "tools": None if tools is None else list(tools), "documents": kwargs.get("documents")}
-        variables = {**self._special_tokens, **plain_data(data, "tools")}
+        variables = self._special_tokens | {name: plain_data(value, name) for name, value in data.items()}
+        plain = [_message(message, i) for i, message in enumerate(messages)]
         try:
-            return template.render(
-                messages=[_message(m, i) for i, m in enumerate(messages)],
-                add_generation_prompt=add_generation_prompt,
-                **variables,
-            )
-        except _TEMPLATE_FAILURES as e:
+            return template.render(messages=plain, add_generation_prompt=add_generation_prompt, **variables)
+        except Exception as e:  # its own refusal, or an operation that doesn't fit the messages, whatever that raises
             raise RequestError(f"the model's chat template refuses this request: {e}", "messages") from e
 
     def _get(self, name: str) -> jinja2.Template:

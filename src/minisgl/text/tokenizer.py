@@ -69,7 +69,7 @@ class Tokenizer:
         backend.no_padding()
         config = read_json(folder / "tokenizer_config.json")
         special = _named_tokens(read_json(folder / "special_tokens_map.json")) | _named_tokens(config)
-        _add_missing_tokens(backend, config, special)
+        _update_added_tokens(backend, config, special)
         if backend.post_processor is None:
             bos = special.get("bos_token") if config.get("add_bos_token") else None
             eos = special.get("eos_token") if config.get("add_eos_token") else None
@@ -191,13 +191,12 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return {k: v for k, v in texts.items() if isinstance(v, str)}
 
 
-def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
-    """Adds what tokenizer_config.json lists and tokenizer.json, often an older file, doesn't."""
-    present = {token.content for token in backend.get_added_tokens_decoder().values()}
-    listed = config.get("added_tokens_decoder") or {}
-    for _, entry in sorted(listed.items(), key=lambda item: int(item[0])):
-        if entry["content"] not in present:
-            backend.add_tokens([AddedToken(**{k: v for k, v in entry.items() if k != "__type"})])
-            present.add(entry["content"])
-    missing = [token for token in dict.fromkeys(special.values()) if token not in present]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+def _update_added_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
+    """Adds or changes what tokenizer_config.json says otherwise than tokenizer.json, often an older file."""
+    present = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    before = {name: repr(token) for name, token in present.items()}
+    listed = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
+    wanted = {e["content"]: AddedToken(**{k: v for k, v in e.items() if k != "__type"}) for _, e in listed}
+    for name in special.values():
+        wanted.setdefault(name, present.get(name) or AddedToken(name, normalized=False)).special = True
+    backend.add_tokens([token for name, token in wanted.items() if repr(token) != before.get(name)])
