@@ -1,0 +1,193 @@
+"""Every kernel of the registry beside torch's own operator: microseconds, GB/s, the limit that binds, how near it is.
+
+    python benchmarks/bench_kernels.py [--kernels index,store] [--versions all] [--dtype bfloat16] [--no-save]
+
+Times are per call from the replay of a CUDA graph over rotated inputs that together exceed the L2 cache (cold rows).
+The ceilings come first, measured in the same run: an empty kernel (launch latency, with and without programmatic
+dependent launch), a large copy (HBM), a copy within the L2 cache. A row's limit is the largest of launch latency,
+bytes / HBM bandwidth and operations / peak rate; the fraction is that over the time measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import append_line, environment, memory_bandwidth, spread
+
+from minisgl.kernels import nvrtc
+from minisgl.kernels import spec as spec_module
+from minisgl.kernels.nvrtc import Build
+from minisgl.kernels.spec import KernelSpec, Shape, registry
+from minisgl.kernels.tuning import Config, choose
+from minisgl.profiling.replay import cold_inputs, replay_us
+
+MEGABYTE = 1 << 20
+
+
+def empty_us(pdl: bool) -> float:
+    """Microseconds of an empty kernel in a graph."""
+    source = str(Path(__file__).with_name("empty.cu").resolve())
+    run = nvrtc.prepare(Build.of(source, "empty"), 0, 1, 32, pdl)
+    return spread(replay_us([run] * 1000))["median"]
+
+
+def l2_bandwidth(launch_us: float) -> float:
+    """Bytes per second, read and written, of a copy that stays in the L2 cache."""
+    source = torch.empty(8 * MEGABYTE, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (spread(replay_us([lambda: target.copy_(source)] * 200))["median"] - launch_us) * 1e6
+
+
+def measure_ceilings() -> dict[str, float]:
+    p = torch.cuda.get_device_properties(0)
+    launch = empty_us(pdl=False)
+    ceilings = {
+        "launch_us": launch,
+        "launch_pdl_us": empty_us(pdl=True),
+        "hbm_gbps": memory_bandwidth("cuda") / 1e9,
+        "l2_gbps": l2_bandwidth(launch) / 1e9,
+        # datasheet: 128 fused multiply-adds a clock and multiprocessor
+        "fp32_tflops": p.multi_processor_count * 128 * 2 * getattr(p, "clock_rate", 1_700_000) * 1e3 / 1e12,
+    }
+    print("ceilings: " + ", ".join(f"{name} {value:.2f}" for name, value in ceilings.items()))
+    return ceilings
+
+
+def variants(spec: KernelSpec, which: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names and keyword arguments of what to run: the preferred version, or all, with and without dependent launch."""
+    if which == "best":
+        return [(spec.versions[0].name, {})]
+    runs: list[tuple[str, dict[str, Any]]] = []
+    for version in spec.versions:
+        runs.append((version.name, {"version": version.name}))
+    return [*runs, (f"{spec.versions[0].name} no pdl", {"pdl": False})]
+
+
+def bench_shape(
+    spec: KernelSpec, shape: Shape, dtype: torch.dtype, which: str, ceilings: dict[str, float]
+) -> list[Any]:
+    inputs = cold_inputs(spec, shape, dtype)
+    num_bytes, flops = spec.cost(shape, dtype)
+    rows = []
+    for name, options in [("torch", {}), *variants(spec, which)]:
+        function: Callable[..., Any] = spec.library if name == "torch" else spec.run
+        if not options.pop("pdl", True):
+            tuned = choose(spec.name, 0, num_bytes)
+            options["config"] = Config(tuned.threads, tuned.work, pdl=False)
+        times = spread(replay_us([lambda a=a, f=function, o=options: f(*a, **o) for a in inputs]))
+        bounds = {
+            "launch": ceilings["launch_pdl_us"],
+            "HBM": num_bytes / ceilings["hbm_gbps"] / 1e3,
+            "compute": flops / ceilings["fp32_tflops"] / 1e6,
+        }
+        limit = max(bounds, key=bounds.__getitem__)
+        rows.append(
+            {
+                "kernel": spec.name,
+                "version": name,
+                "shape": shape,
+                "dtype": str(dtype).removeprefix("torch."),
+                "copies": len(inputs),
+                "us": times,
+                "gbps": num_bytes / times["median"] / 1e3,
+                "limit": limit,
+                "fraction": bounds[limit] / times["median"],
+            }
+        )
+    return rows
+
+
+def show(row: dict[str, Any]) -> None:
+    us = row["us"]
+    print(
+        f"{row['kernel']:12} {row['shape']['tokens']:6} {row['version']:12} {us['median']:9.2f} µs "
+        f"({us['p10']:.2f}-{us['p90']:.2f}) {row['gbps']:7.0f} GB/s  {row['fraction']:4.0%} of {row['limit']}"
+    )
+
+
+def host_us(call: Callable[[], object], calls: int = 200) -> dict[str, float]:
+    """Host time a call, which the GPU must outpace: batches of `calls`, the queue empty before each."""
+    times = []
+    for _ in range(30):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - began) / calls * 1e6)
+    return spread(times[5:])
+
+
+def bench_host(specs: list[KernelSpec], dtype: torch.dtype) -> dict[str, Any]:
+    """Host microseconds a launch: prepared, by the public function with its checks, by Triton, by torch."""
+    out: dict[str, Any] = {}
+    source = str(Path(__file__).with_name("empty.cu").resolve())
+    out["prepared, no arguments"] = host_us(nvrtc.prepare(Build.of(source, "empty"), 0, 1, 32, True))
+    for spec in specs:
+        args = cold_inputs(spec, spec.bench[0], dtype, most=1)[0]
+        for version in spec.versions:
+            out[f"{spec.name} {version.name}"] = host_us(lambda a=args, s=spec, v=version.name: s.run(*a, version=v))
+        out[f"{spec.name} torch"] = host_us(lambda a=args, s=spec: s.library(*a))
+    for name, us in out.items():
+        print(f"host {name:28} {us['median']:6.2f} µs ({us['p10']:.2f}-{us['p90']:.2f})")
+    return out
+
+
+def bench_compile(specs: list[KernelSpec], dtype: torch.dtype) -> dict[str, float]:
+    """Seconds until every kernel has run once at every benchmark size: from an empty cache, then from the cache."""
+    import os
+    import tempfile
+
+    seconds = {}
+    inputs = [(s, cold_inputs(s, shape, dtype, most=1)[0]) for s in specs for shape in s.bench]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MINISGL_CACHE"] = folder
+        for name in ("first compile", "from cache"):
+            nvrtc.load.cache_clear()
+            spec_module.launcher.cache_clear()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for spec, args in inputs:
+                spec.run(*args)
+            torch.cuda.synchronize()
+            seconds[name] = time.perf_counter() - began
+        print(f"compile: {seconds}, {len(list(Path(folder).rglob('*.cubin')))} cubins")
+        del os.environ["MINISGL_CACHE"]
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", help="names, with commas between (default: all)")
+    parser.add_argument("--versions", choices=("best", "all"), default="all")
+    parser.add_argument("--tokens", help="sizes, with commas between (default: the kernel's own)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--no-host", action="store_true", help="leave out host and compile times")
+    parser.add_argument("--no-save", action="store_true", help="don't append to results/kernels.jsonl")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_kernels.py measures CUDA kernels: torch sees no NVIDIA GPU")
+    dtype = getattr(torch, args.dtype)
+    names = args.kernels.split(",") if args.kernels else list(registry())
+    specs = [registry()[name] for name in names]
+    record: dict[str, Any] = {"benchmark": "kernels", **environment("cuda"), "ceilings": measure_ceilings()}
+    if not args.no_host:
+        record |= {"host_us": bench_host(specs, dtype), "compile_s": bench_compile(specs, dtype)}
+    record["rows"] = []
+    for spec in specs:
+        for shape in spec.bench:
+            if args.tokens and str(shape["tokens"]) not in args.tokens.split(","):
+                continue
+            for row in bench_shape(spec, shape, dtype, args.versions, record["ceilings"]):
+                show(row)
+                record["rows"].append(row)
+    if not args.no_save:
+        append_line("kernels.jsonl", record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Embedding rows by token id."""

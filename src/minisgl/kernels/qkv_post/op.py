@@ -1,0 +1,292 @@
+"""qkv_post: from the output of the QKV product to rotated queries and a filled KV cache, in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisgl.kernels import check
+from minisgl.kernels.nvrtc import CTYPES, ID_CTYPES, Build, prepare
+from minisgl.kernels.rmsnorm.op import floats_only, norm
+from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, launcher, register
+from minisgl.kernels.store.op import random_slots
+from minisgl.kernels.tuning import Config
+from minisgl.types import KernelError
+
+
+def qkv_post(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    q_out: Tensor | None = None,
+    *,
+    version: str | None = None,
+    config: Config | None = None,
+) -> None:
+    """RMS norm of query and key heads (if they have weights), rotary embedding, keys and values into the cache.
+
+    Computes in float32 and rounds once. Pairs of a rotation are D / 2 apart (the layout of Llama and Qwen checkpoints
+    on the Hugging Face hub).
+
+    Args:
+        qkv: [T, (Hq + 2 Hkv) · D] float32, bfloat16 or float16: heads of queries, keys, values; rows contiguous. Its
+            queries are overwritten by the rotated ones unless `q_out` is given.
+        q_weight, k_weight: [D] of qkv's dtype; both None: no norm.
+        eps: added to the mean of squares.
+        cos_sin: [positions, D] float32, contiguous: D / 2 cosines, then D / 2 sines.
+        positions: [T] int32, contiguous, each below cos_sin's rows (not checked).
+        k_cache, v_cache: [slots, Hkv, D], qkv's dtype; a slot's [Hkv, D] contiguous.
+        slots: [T] int32 or int64, contiguous; -1 writes nothing. No slot may occur twice.
+        q_out: [T, Hq, D], a token's [Hq, D] contiguous.
+
+    Raises:
+        KernelError: an argument of the wrong shape, dtype, layout, alignment or device; it names the argument.
+    """
+    num_q = _check(qkv, q_weight, k_weight, cos_sin, positions, k_cache, v_cache, slots, q_out)
+    device = check.cuda(qkv=qkv, cos_sin=cos_sin, positions=positions, k_cache=k_cache, v_cache=v_cache, slots=slots)
+    tokens, kv_heads, dim = slots.shape[0], k_cache.shape[1], k_cache.shape[2]
+    if not tokens:
+        return
+    norm = q_weight is not None and k_weight is not None
+    weights = (q_weight.data_ptr(), k_weight.data_ptr()) if q_weight is not None and k_weight is not None else (0, 0)
+    q = qkv if q_out is None else q_out
+    sizes = (tokens, num_q, kv_heads, dim, int(norm), slots.element_size())
+    run = launcher("qkv_post", device, qkv.dtype, version, config, *sizes)
+    run(
+        qkv.data_ptr(), qkv.stride(0), q.data_ptr(), q.stride(0), *weights, eps,
+        cos_sin.data_ptr(), positions.data_ptr(), k_cache.data_ptr(), k_cache.stride(0),
+        v_cache.data_ptr(), v_cache.stride(0), slots.data_ptr(), k_cache.shape[0], tokens,
+    )  # fmt: skip
+
+
+def _check(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    q_out: Tensor | None,
+) -> int:
+    """The number of query heads."""
+    check.dims("slots", slots, "T")
+    check.dtype("slots", slots, check.IDS)
+    check.dims("k_cache", k_cache, "slots Hkv D")
+    tokens, kv_heads, dim = slots.shape[0], k_cache.shape[1], k_cache.shape[2]
+    check.dims("qkv", qkv, "T width")
+    num_q, rest = divmod(qkv.shape[1] - 2 * kv_heads * dim, dim)
+    if qkv.shape[0] != tokens or rest or num_q < 1:
+        raise KernelError(f"qkv has shape {tuple(qkv.shape)}; expected [{tokens}, (Hq + 2 · {kv_heads}) · {dim}]")
+    if dim % 8 or dim > 256:
+        raise KernelError(f"k_cache has a head_dim of {dim}; expected a multiple of 8, at most 256")
+    check.shape("v_cache", v_cache, tuple(k_cache.shape))
+    check_angles(cos_sin, positions, tokens, dim)
+    if (q_weight is None) != (k_weight is None):
+        raise KernelError("q_weight and k_weight must be given together or not at all")
+    for name, x in (("qkv", qkv), ("k_cache", k_cache), ("v_cache", v_cache), ("q_out", q_out)):
+        if x is not None:
+            check.dtype(name, x, (qkv.dtype,))
+            check.rows(name, x)
+            check.aligned(name, x, 4 * x.element_size())
+    for name, x in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if x is not None:
+            check.shape(name, x, (dim,))
+            check.dtype(name, x, (qkv.dtype,))
+            check.contiguous(name, x)
+            check.aligned(name, x, 4 * x.element_size())
+    if q_out is not None:
+        check.shape("q_out", q_out, (tokens, num_q, dim))
+    check.contiguous("slots", slots)
+    return num_q
+
+
+def check_angles(cos_sin: Tensor, positions: Tensor, tokens: int, dim: int) -> None:
+    """Checks the arguments that say how far each token is rotated."""
+    check.dims("cos_sin", cos_sin, "positions D")
+    check.shape("cos_sin", cos_sin, (cos_sin.shape[0], dim))
+    check.dtype("cos_sin", cos_sin, (torch.float32,))
+    check.contiguous("cos_sin", cos_sin)
+    check.aligned("cos_sin", cos_sin, 16)
+    check.shape("positions", positions, (tokens,))
+    check.dtype("positions", positions, (torch.int32,))
+    check.contiguous("positions", positions)
+
+
+def head_lanes(dim: int) -> int:
+    """Lanes that hold a head, as `Head::kLanes` in head.cuh."""
+    return 1 << (dim // 8 - 1).bit_length()
+
+
+def _build(dtype: torch.dtype, shape: Shape, work: int) -> Build:
+    return Build.of(
+        "qkv_post/qkv_post.cu",
+        "qkv_post",
+        DTYPE=CTYPES[dtype],
+        ID_T=ID_CTYPES[shape.get("id_bytes", 8)],
+        HEAD_DIM=shape["head_dim"],
+        NUM_Q=shape["heads"],
+        NUM_KV=shape["kv_heads"],
+        HAS_NORM=shape["norm"],
+        WORK=work,
+    )
+
+
+def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
+    heads = shape["heads"] + 2 * shape["kv_heads"]
+    work = min(config.work, heads)
+    threads = shape["tokens"] * -(-heads // work) * head_lanes(shape["head_dim"])
+    build = _build(dtype, shape, work)
+    return prepare(build, device, check.num_blocks(threads, config.threads), config.threads, config.pdl)
+
+
+def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding (Su et al., 2021) of x [T, H, D], in x's own precision."""
+    cos, sin = cos_sin[positions.long()].to(x.dtype).unsqueeze(1).chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def _parts(qkv: Tensor, k_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    kv = k_cache.shape[1]
+    heads = qkv.view(qkv.shape[0], -1, k_cache.shape[2])
+    return heads[:, : -2 * kv], heads[:, -2 * kv : -kv], heads[:, -kv:]
+
+
+def _reference(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    q_out: Tensor | None = None,
+) -> None:
+    q, k, v = _parts(qkv, k_cache)
+    if q_weight is not None and k_weight is not None:
+        q, k = norm(q, q_weight, eps), norm(k, k_weight, eps)
+    q, k = rotate(q, cos_sin, positions), rotate(k, cos_sin, positions)
+    valid = (slots >= 0) & (slots < k_cache.shape[0])
+    k_cache[slots[valid].long()] = k[valid]
+    v_cache[slots[valid].long()] = v[valid]
+    (_parts(qkv, k_cache)[0] if q_out is None else q_out).copy_(q)
+
+
+def _library(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> None:
+    q, k, v = _parts(qkv, k_cache)
+    q_normed, k_normed = q, k
+    if q_weight is not None and k_weight is not None:
+        q_normed = torch.nn.functional.rms_norm(q, q.shape[-1:], q_weight, eps)
+        k_normed = torch.nn.functional.rms_norm(k, k.shape[-1:], k_weight, eps)
+    q.copy_(rotate(q_normed, cos_sin, positions))
+    k_cache.index_copy_(0, slots, rotate(k_normed, cos_sin, positions))
+    v_cache.index_copy_(0, slots, v)
+
+
+def random_angles(shape: Shape, device: torch.device, generator: torch.Generator, copies: int) -> tuple[Tensor, Tensor]:
+    """A table of cosines and sines [max_position, D], and positions [copies, T]."""
+    dim, limit = shape["head_dim"], shape.get("max_position", 4096)
+    frequencies = 10000.0 ** -(torch.arange(0, dim, 2, device=device) / dim)
+    angles = torch.arange(limit, device=device)[:, None] * frequencies
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).float().contiguous()
+    shape_ = (copies, shape["tokens"])
+    return cos_sin, torch.randint(0, limit, shape_, device=device, generator=generator, dtype=torch.int32)
+
+
+def _inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator, copies: int
+) -> list[tuple[Any, ...]]:
+    tokens, heads, kv, dim = (shape[n] for n in ("tokens", "heads", "kv_heads", "head_dim"))
+    width = (heads + 2 * kv) * dim
+    qkv = torch.randn(copies, tokens, width + shape.get("pad", 0), dtype=dtype, device=device, generator=generator)
+    weights: list[Tensor | None] = [None, None]
+    if shape["norm"]:
+        weights = [torch.randn(dim, dtype=dtype, device=device, generator=generator) for _ in range(2)]
+    cos_sin, positions = random_angles(shape, device, generator, copies)
+    caches = [torch.empty(shape["slots"], kv, dim, dtype=dtype, device=device) for _ in range(2)]
+    slots = random_slots(shape, device, generator, copies)
+    out: list[tuple[Tensor, ...]] = [() for _ in range(copies)]
+    if shape.get("q_out"):
+        out = [(torch.empty(tokens, heads, dim, dtype=dtype, device=device),) for _ in range(copies)]
+    return [
+        (qkv[i, :, :width], *weights, 1e-6, cos_sin, positions[i], *caches, slots[i], *out[i]) for i in range(copies)
+    ]
+
+
+def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
+    heads = shape["heads"] + 2 * shape["kv_heads"]
+    row = 2 * heads * shape["head_dim"] * dtype.itemsize + 4 * shape["head_dim"]
+    flops = (shape["heads"] + shape["kv_heads"]) * shape["head_dim"] * (3 + 4 * shape["norm"])
+    return shape["tokens"] * (row + 4 + shape.get("id_bytes", 8)), shape["tokens"] * flops
+
+
+def _case(tokens: int, heads: int, kv_heads: int, head_dim: int, norm: int = 1, **more: int) -> Shape:
+    return {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "norm": norm, **more}
+
+
+SPEC = register(
+    KernelSpec(
+        name="qkv_post",
+        run=qkv_post,
+        reference=_reference,
+        library=_library,
+        versions=(
+            Version(
+                "v1",
+                "cuda",
+                floats_only,
+                _v1,
+                tuple(
+                    _build(dtype, _case(1, 16, 8, dim, norm), work)
+                    for dtype, dim, norm, work in (
+                        (torch.bfloat16, 128, 1, 1),
+                        (torch.float16, 80, 0, 2),
+                        (torch.float32, 256, 1, 2),
+                        (torch.bfloat16, 64, 0, 4),
+                        (torch.bfloat16, 96, 1, 2),
+                    )
+                ),
+            ),
+        ),
+        sizes=("tokens", "heads", "kv_heads", "head_dim", "norm", "id_bytes"),
+        inputs=_inputs,
+        outputs=(6, 7, 9),
+        updated=(0,),
+        cost=_cost,
+        tolerance={torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
+        cases=(
+            _case(1, 16, 8, 128, slots=40),
+            _case(37, 9, 3, 64, norm=0, slots=100, id_bytes=4, skip=5),
+            _case(6, 5, 1, 80, slots=33, pad=16),
+            _case(19, 7, 7, 96, slots=50, skip=2, q_out=1),
+            _case(3, 3, 3, 256, norm=0, slots=8, q_out=1),
+            _case(130, 32, 8, 128, slots=300, id_bytes=4),
+            _case(0, 4, 2, 64, slots=4),
+        ),
+        bench=tuple(_case(n, 16, 8, 128, slots=262_144) for n in (1, 64, 256, 1024, 4096, 16384)),
+        tunable=tuple(_case(4**n, 16, 8, 128, slots=262_144) for n in range(8)),
+        configs=tuple(Config(threads, work) for threads in (64, 128, 256) for work in (1, 2, 4)),
+    )
+)

@@ -1,0 +1,61 @@
+// qkv_post: everything between the QKV product and attention, in one pass over its output: RMS norm of every query and
+// key head (HAS_NORM), rotary embedding of both, keys and values into their cache slots, queries to q_out.
+//
+// Idea: the separate kernels (norm of q, norm of k, rotation, store) read and write the heads three times in four
+// launches; here each head is read once and written once. A group of lanes owns WORK heads of one token, so a token's
+// angles are fetched once for them. Weights and positions of heads are set up before the wait for the QKV product.
+#include "head.cuh"
+
+using T = DTYPE;
+
+extern "C" __global__ void qkv_post(const T* qkv, int64 qkv_stride, T* q_out, int64 q_stride, const T* q_weight,
+                                    const T* k_weight, double eps, const float* cos_sin, const int* positions,
+                                    T* k_cache, int64 k_slot_stride, T* v_cache, int64 v_slot_stride, const ID_T* slots,
+                                    int64 num_slots, int64 tokens) {
+  using Row = Head<T, HEAD_DIM>;
+  constexpr int kHeads = NUM_Q + 2 * NUM_KV, kGroups = ceil_div(kHeads, WORK);  // groups of lanes a token
+  const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x, group = thread / Row::kLanes;
+  const int lane = thread % Row::kLanes, first = group % kGroups;  // heads first, first + kGroups, …
+  const int64 token = group / kGroups;
+  const bool live = token < tokens;  // nobody leaves before the sums, which need whole warps
+
+  Row weight[WORK];
+#pragma unroll
+  for (int j = 0; HAS_NORM && j < WORK; ++j) {
+    const int head = first + j * kGroups;
+    if (head < NUM_Q + NUM_KV) weight[j].template load<true>(head < NUM_Q ? q_weight : k_weight, lane);
+  }
+  pdl::trigger();
+  pdl::wait();
+
+  Row x[WORK];
+  Head<float, HEAD_DIM> angle;
+  int64 slot = -1;
+  if (live) {
+    const int position = positions[token];
+    slot = slots[token];
+#pragma unroll
+    for (int j = 0; j < WORK; ++j) {
+      const int head = first + j * kGroups;
+      if (head < kHeads) x[j].template load<false>(qkv + token * qkv_stride + head * HEAD_DIM, lane);
+    }
+    angle.load<true>(cos_sin + static_cast<int64>(position) * HEAD_DIM, lane);
+  }
+  const bool stored = static_cast<uint64>(slot) < static_cast<uint64>(num_slots);
+#pragma unroll
+  for (int j = 0; j < WORK; ++j) {
+    const int head = first + j * kGroups;
+    const float factor = HAS_NORM ? x[j].inverse_rms(eps) : 1.0f;
+    if (!live || head >= kHeads) continue;
+    if (head < NUM_Q + NUM_KV) {
+      if (HAS_NORM) x[j].scale(factor, weight[j]);
+      x[j].rotate(angle);
+    }
+    if (head < NUM_Q) {
+      x[j].store(q_out + token * q_stride + head * HEAD_DIM, lane);
+    } else if (stored) {
+      T* row = head < NUM_Q + NUM_KV ? k_cache + slot * k_slot_stride : v_cache + slot * v_slot_stride;
+      x[j].store(row + (head - NUM_Q) % NUM_KV * HEAD_DIM, lane);
+    }
+  }
+}

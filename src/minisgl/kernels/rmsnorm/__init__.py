@@ -1,0 +1,1 @@
+"""RMS norm, alone and behind the residual addition."""

@@ -1,0 +1,217 @@
+"""rmsnorm and add_rmsnorm: root-mean-square norm of rows, alone or behind the addition to the residual stream."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisgl.kernels import check
+from minisgl.kernels.nvrtc import CTYPES, Build, Capability, prepare
+from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, launcher, register
+from minisgl.kernels.tuning import Config
+
+
+def rmsnorm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    *,
+    version: str | None = None,
+    config: Config | None = None,
+) -> None:
+    """out = x / sqrt(mean(x²) + eps) · weight over rows, in float32, rounded once (Zhang and Sennrich, 2019).
+
+    Args:
+        x: [T, H] float32, bfloat16 or float16; rows contiguous, but they may lie apart from one another.
+        weight: [H], x's dtype.
+        eps: added to the mean of squares.
+        out: [T, H], x's dtype; may be x.
+
+    Raises:
+        KernelError: an argument of the wrong shape, dtype, layout or device; it names the argument.
+    """
+    _check(weight, x=x, out=out)
+    _launch("rmsnorm", x, None, weight, eps, out, version, config)
+
+
+def add_rmsnorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    *,
+    version: str | None = None,
+    config: Config | None = None,
+) -> None:
+    """residual += x, then out = rmsnorm(residual) of the sum as it is stored, rounded to its dtype.
+
+    Arguments and errors as for `rmsnorm`; `residual` [T, H] is updated in place.
+    """
+    _check(weight, x=x, residual=residual, out=out)
+    _launch("add_rmsnorm", x, residual, weight, eps, out, version, config)
+
+
+def _check(weight: Tensor, **matrices: Tensor) -> None:
+    x = matrices["x"]
+    check.dims("x", x, "T H")
+    check.shape("weight", weight, (x.shape[1],))
+    check.contiguous("weight", weight)
+    check.dtype("weight", weight, (x.dtype,))
+    for name, y in matrices.items():
+        check.shape(name, y, (x.shape[0], x.shape[1]))
+        check.dtype(name, y, (x.dtype,))
+        check.rows(name, y)
+    check.cuda(weight=weight, **matrices)
+
+
+def _launch(
+    name: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    version: str | None,
+    config: Config | None,
+) -> None:
+    if not x.numel():
+        return
+    size = x.element_size()
+    places = [weight.data_ptr(), x.shape[1] * size]
+    for y in (x, out) if residual is None else (x, out, residual):
+        places += [y.data_ptr(), y.stride(0) * size]
+    sizes = (x.shape[0], x.shape[1], check.vector_bytes(*places) // size)
+    launcher(name, x.get_device(), x.dtype, version, config, *sizes)(x, residual, weight, eps, out)
+
+
+def floats_only(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
+    """`supports` of the kernels that compute."""
+    return None if dtype in CTYPES else f"expected one of {', '.join(map(str, CTYPES))}"
+
+
+def triton_fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
+    """`supports` of Triton versions."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton isn't installed"
+    return floats_only(where, dtype, shape)
+
+
+def _fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
+    if shape["width"] > 8 * 1024 * shape.get("vec", 1):
+        return f"a row of {shape['width']} is too wide for one block at {shape.get('vec', 1)} elements a vector"
+    return floats_only(where, dtype, shape)
+
+
+def _build(add: int, dtype: torch.dtype, width: int, vec: int, row_threads: int) -> Build:
+    count = -(-width // (vec * row_threads))
+    macros = {"ADD": add, "WIDTH": width, "VEC": vec, "ROW_THREADS": row_threads, "COUNT": count}
+    return Build.of("rmsnorm/rmsnorm.cu", "rmsnorm", DTYPE=CTYPES[dtype], **macros)
+
+
+def _row_threads(vectors: int, work: int) -> int:
+    """Threads of a row with about `work` vectors each: a power of two within a warp, else whole warps."""
+    wanted = min(-(-vectors // work), 1024)
+    return 1 << (wanted - 1).bit_length() if wanted <= 32 else -(-wanted // 32) * 32
+
+
+def _v2(add: int, device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
+    rows, width, vec = shape["tokens"], shape["width"], shape["vec"]
+    row_threads = _row_threads(width // vec, config.work)
+    threads = max(row_threads, config.threads) if row_threads <= 32 else row_threads
+    blocks = -(-rows // (threads // row_threads))
+    start = prepare(_build(add, dtype, width, vec, row_threads), device, blocks, threads, config.pdl)
+
+    def run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
+        other = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
+        ours = x.data_ptr(), x.stride(0), *other, weight.data_ptr(), eps, out.data_ptr(), out.stride(0), rows
+        start(*ours)
+
+    return run
+
+
+def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
+    from minisgl.kernels.rmsnorm import triton_v1
+
+    return triton_v1.run
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The definition, in x's own precision."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _reference(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    out.copy_(norm(x, weight, eps))
+
+
+def _add_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    residual += x
+    out.copy_(norm(residual, weight, eps))
+
+
+def _library(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    out.copy_(torch.nn.functional.rms_norm(x, weight.shape, weight, eps))
+
+
+def _add_library(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    residual += x
+    out.copy_(torch.nn.functional.rms_norm(residual, weight.shape, weight, eps))
+
+
+def _inputs(
+    add: bool, shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator, copies: int
+) -> list[tuple[Any, ...]]:
+    width, pad = shape["width"], shape.get("pad", 0)
+    size = (copies, shape["tokens"], width + pad)
+    x, residual = (torch.randn(size, dtype=dtype, device=device, generator=generator)[..., :width] for _ in range(2))
+    weight = torch.randn(width, dtype=dtype, device=device, generator=generator)
+    out = torch.empty(size, dtype=dtype, device=device)[..., :width]
+    return [(x[i], *((residual[i],) if add else ()), weight, 1e-6, out[i]) for i in range(copies)]
+
+
+def _spec(name: str, add: int) -> KernelSpec:
+    builds = tuple(
+        _build(add, dtype, width, vec, row_threads)
+        for dtype, width, vec, row_threads in (
+            (torch.bfloat16, 1024, 8, 128),
+            (torch.float16, 128, 8, 16),
+            (torch.float32, 4096, 4, 512),
+            (torch.bfloat16, 577, 1, 96),
+        )
+    )
+    sizes: tuple[tuple[int, int, int], ...] = (
+        (1, 1024, 0), (5, 4096, 0), (67, 128, 0), (300, 576, 64), (9, 577, 0), (33, 80, 8), (3, 8192, 0), (3, 9, 1),
+        (2, 3, 0), (0, 64, 0),
+    )  # fmt: skip
+    return KernelSpec(
+        name=name,
+        run=add_rmsnorm if add else rmsnorm,
+        reference=_add_reference if add else _reference,
+        library=_add_library if add else _library,
+        versions=(
+            Version("v2", "cuda", _fits, partial(_v2, add), builds),
+            Version("v1", "triton", triton_fits, _v1),
+        ),
+        sizes=("tokens", "width", "vec"),
+        inputs=partial(_inputs, bool(add)),
+        outputs=(4,) if add else (3,),
+        updated=(1,) if add else (),
+        cost=lambda shape, dtype: (
+            (shape["tokens"] * (2 + 2 * add) + 1) * shape["width"] * dtype.itemsize,
+            shape["tokens"] * shape["width"] * (4 + add),
+        ),
+        tolerance={torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
+        cases=tuple({"tokens": t, "width": w, "pad": p} for t, w, p in sizes),
+        bench=tuple({"tokens": n, "width": 1024} for n in (1, 64, 256, 1024, 4096, 16384)),
+        tunable=tuple({"tokens": 4**n, "width": 1024} for n in range(8)),
+        configs=tuple(Config(threads, work) for threads in (128, 256) for work in (1, 2, 4)),
+    )
+
+
+SPEC, ADD_SPEC = register(_spec("rmsnorm", 0)), register(_spec("add_rmsnorm", 1))

@@ -1,0 +1,138 @@
+"""rope: rotary position embedding of query and key heads, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisgl.kernels import check
+from minisgl.kernels.nvrtc import CTYPES, Build, prepare
+from minisgl.kernels.qkv_post.op import check_angles, head_lanes, random_angles, rotate
+from minisgl.kernels.rmsnorm.op import floats_only, triton_fits
+from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, launcher, register
+from minisgl.kernels.tuning import Config
+from minisgl.types import KernelError
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    *,
+    version: str | None = None,
+    config: Config | None = None,
+) -> None:
+    """Rotates every head of `q` and `k` in place (Su et al., 2021), in float32; pairs are D / 2 apart.
+
+    Args:
+        q, k: [T, Hq, D] and [T, Hkv, D] float32, bfloat16 or float16; a token's heads contiguous. D is a multiple of
+            8, at most 256.
+        cos_sin: [positions, D] float32, contiguous: D / 2 cosines, then D / 2 sines.
+        positions: [T] int32, contiguous, each below cos_sin's rows (not checked).
+
+    Raises:
+        KernelError: an argument of the wrong shape, dtype, layout, alignment or device; it names the argument.
+    """
+    check.dims("q", q, "T Hq D")
+    check.dims("k", k, "T Hkv D")
+    tokens, heads, dim = q.shape
+    if dim % 8 or dim > 256:
+        raise KernelError(f"q has a head_dim of {dim}; expected a multiple of 8, at most 256")
+    check.shape("k", k, (tokens, k.shape[1], dim))
+    for name, x in (("q", q), ("k", k)):
+        check.dtype(name, x, (q.dtype,))
+        check.rows(name, x)
+        check.aligned(name, x, 4 * x.element_size())
+    check_angles(cos_sin, positions, tokens, dim)
+    device = check.cuda(q=q, k=k, cos_sin=cos_sin, positions=positions)
+    if tokens:
+        launcher("rope", device, q.dtype, version, config, tokens, heads, k.shape[1], dim)(q, k, cos_sin, positions)
+
+
+def _build(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, work: int) -> Build:
+    macros = {"HEAD_DIM": dim, "NUM_Q": heads, "NUM_KV": kv_heads, "WORK": work}
+    return Build.of("rope/rope.cu", "rope", DTYPE=CTYPES[dtype], **macros)
+
+
+def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
+    tokens, heads, kv_heads, dim = (shape[n] for n in ("tokens", "heads", "kv_heads", "head_dim"))
+    work = min(config.work, heads + kv_heads)
+    blocks = check.num_blocks(tokens * -(-(heads + kv_heads) // work) * head_lanes(dim), config.threads)
+    start = prepare(_build(dtype, heads, kv_heads, dim, work), device, blocks, config.threads, config.pdl)
+
+    def run(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
+        tables = cos_sin.data_ptr(), positions.data_ptr()
+        start(q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), *tables, tokens)
+
+    return run
+
+
+def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
+    from minisgl.kernels.rope import triton_v1
+
+    return triton_v1.run
+
+
+def _reference(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
+    q.copy_(rotate(q, cos_sin, positions))
+    k.copy_(rotate(k, cos_sin, positions))
+
+
+def _inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator, copies: int
+) -> list[tuple[Any, ...]]:
+    tokens, heads, kv_heads, dim = (shape[n] for n in ("tokens", "heads", "kv_heads", "head_dim"))
+    size = (copies, tokens, heads + 2 * kv_heads, dim)  # q and k are slices of a fused product's rows
+    rows = torch.randn(size, dtype=dtype, device=device, generator=generator)
+    cos_sin, positions = random_angles(shape, device, generator, copies)
+    q, k = rows[:, :, :heads], rows[:, :, heads : heads + kv_heads]
+    return [(q[i], k[i], cos_sin, positions[i]) for i in range(copies)]
+
+
+def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
+    numbers = shape["tokens"] * (shape["heads"] + shape["kv_heads"]) * shape["head_dim"]
+    return numbers * 2 * dtype.itemsize + shape["tokens"] * (shape["head_dim"] + 1) * 4, 3 * numbers
+
+
+def _case(tokens: int, heads: int, kv_heads: int, head_dim: int) -> Shape:
+    return {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+
+
+SPEC = register(
+    KernelSpec(
+        name="rope",
+        run=rope,
+        reference=_reference,
+        library=_reference,
+        versions=(
+            Version(
+                "v2",
+                "cuda",
+                floats_only,
+                _v2,
+                (
+                    _build(torch.bfloat16, 16, 8, 128, 1),
+                    _build(torch.float32, 9, 3, 64, 2),
+                    _build(torch.float16, 4, 4, 80, 4),
+                ),
+            ),
+            Version("v1", "triton", triton_fits, _v1),
+        ),
+        sizes=("tokens", "heads", "kv_heads", "head_dim"),
+        inputs=_inputs,
+        outputs=(),
+        updated=(0, 1),
+        cost=_cost,
+        tolerance={torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
+        cases=tuple(
+            _case(*sizes)
+            for sizes in ((1, 16, 8, 128), (37, 9, 3, 64), (6, 5, 1, 80), (19, 7, 7, 96), (3, 3, 3, 256), (0, 2, 1, 64))
+        ),
+        bench=tuple(_case(n, 16, 8, 128) for n in (1, 64, 256, 1024, 4096, 16384)),
+        tunable=tuple(_case(4**n, 16, 8, 128) for n in range(8)),
+        configs=tuple(Config(threads, work) for threads in (64, 128, 256) for work in (1, 2, 4)),
+    )
+)

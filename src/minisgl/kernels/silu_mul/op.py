@@ -1,0 +1,112 @@
+"""silu_mul: out = silu(gate) · up, where gate and up are the halves of a fused product's rows (Shazeer, 2020)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisgl.kernels import check
+from minisgl.kernels.nvrtc import CTYPES, Build, prepare
+from minisgl.kernels.rmsnorm.op import floats_only, triton_fits
+from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, launcher, register
+from minisgl.kernels.tuning import Config
+from minisgl.types import KernelError
+
+
+def silu_mul(gate_up: Tensor, out: Tensor, *, version: str | None = None, config: Config | None = None) -> None:
+    """out = gate / (1 + exp(-gate)) · up, in float32, rounded once.
+
+    Args:
+        gate_up: [T, 2 I] float32, bfloat16 or float16: gate, then up; rows contiguous.
+        out: [T, I], gate_up's dtype; rows contiguous.
+
+    Raises:
+        KernelError: an argument of the wrong shape, dtype, layout or device; it names the argument.
+    """
+    check.dims("gate_up", gate_up, "T 2I")
+    rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
+    if gate_up.shape[1] % 2:
+        raise KernelError(f"gate_up has shape {tuple(gate_up.shape)}; expected an even number of columns")
+    check.shape("out", out, (rows, columns))
+    check.dtype("out", out, (gate_up.dtype,))
+    check.rows("gate_up", gate_up)
+    check.rows("out", out)
+    device = check.cuda(gate_up=gate_up, out=out)
+    if not out.numel():
+        return
+    size = out.element_size()
+    places = (gate_up.data_ptr(), gate_up.stride(0) * size, out.data_ptr(), out.stride(0) * size, columns * size)
+    vec = check.vector_bytes(*places) // size
+    launcher("silu_mul", device, out.dtype, version, config, rows, columns, vec)(gate_up, out)
+
+
+def _build(dtype: torch.dtype, columns: int, vec: int, work: int) -> Build:
+    return Build.of("silu_mul/silu_mul.cu", "silu_mul", DTYPE=CTYPES[dtype], COLUMNS=columns, VEC=vec, WORK=work)
+
+
+def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
+    rows, columns, vec = shape["tokens"], shape["columns"], shape["vec"]
+    blocks = check.num_blocks(rows * columns // vec, config.threads * config.work)
+    start = prepare(_build(dtype, columns, vec, config.work), device, blocks, config.threads, config.pdl)
+
+    def run(gate_up: Tensor, out: Tensor) -> None:
+        start(gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), out.stride(0), rows)
+
+    return run
+
+
+def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
+    from minisgl.kernels.silu_mul import triton_v1
+
+    return triton_v1.run
+
+
+def _reference(gate_up: Tensor, out: Tensor) -> None:
+    gate, up = gate_up.chunk(2, dim=-1)
+    out.copy_(torch.nn.functional.silu(gate) * up)
+
+
+def _inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator, copies: int
+) -> list[tuple[Any, ...]]:
+    columns, pad = shape["columns"], shape.get("pad", 0)
+    size = (copies, shape["tokens"], 2 * columns + pad)
+    gate_up = torch.randn(size, dtype=dtype, device=device, generator=generator)[..., : 2 * columns]
+    out = torch.empty(copies, shape["tokens"], columns + pad, dtype=dtype, device=device)[..., :columns]
+    return [(gate_up[i], out[i]) for i in range(copies)]
+
+
+_SIZES = ((1, 3072, 0), (67, 1536, 16), (5, 14336, 0), (3, 33, 0), (129, 8, 8), (2, 1, 1), (0, 16, 0))
+SPEC = register(
+    KernelSpec(
+        name="silu_mul",
+        run=silu_mul,
+        reference=_reference,
+        library=_reference,
+        versions=(
+            Version(
+                "v2",
+                "cuda",
+                floats_only,
+                _v2,
+                (_build(torch.bfloat16, 3072, 8, 2), _build(torch.float32, 33, 1, 4), _build(torch.float16, 40, 8, 1)),
+            ),
+            Version("v1", "triton", triton_fits, _v1),
+        ),
+        sizes=("tokens", "columns", "vec"),
+        inputs=_inputs,
+        outputs=(1,),
+        updated=(),
+        cost=lambda shape, dtype: (
+            shape["tokens"] * shape["columns"] * 3 * dtype.itemsize,
+            shape["tokens"] * shape["columns"] * 5,
+        ),
+        tolerance={torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
+        cases=tuple({"tokens": t, "columns": c, "pad": p} for t, c, p in _SIZES),
+        bench=tuple({"tokens": n, "columns": 3072} for n in (1, 64, 256, 1024, 4096, 16384)),
+        tunable=tuple({"tokens": 4**n, "columns": 3072} for n in range(8)),
+        configs=tuple(Config(threads, work) for threads in (64, 128, 256) for work in (1, 2, 4)),
+    )
+)

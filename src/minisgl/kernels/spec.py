@@ -1,0 +1,144 @@
+"""The kernel registry: what every kernel is, which versions it has, and where each of them works.
+
+Tests, benchmarks and reports iterate `registry()`. To add a kernel is to add a folder whose `op.py` calls `register`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, Literal
+
+import torch
+
+from minisgl.kernels.nvrtc import Build, Capability, arch_of, capability
+from minisgl.kernels.tuning import Config, choose
+from minisgl.types import KernelError
+
+Kind = Literal["cuda", "triton", "cpu", "collective"]
+Shape = Mapping[str, int]  # the sizes that describe a call, by name
+Run = Callable[..., None]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One implementation of a kernel.
+
+    `supports` returns None where the version works, else the reason why not. `prepare` settles everything but the
+    tensors for a device, dtype and shape; `builds` are typical compilations, which CI makes for every architecture.
+    """
+
+    name: str
+    kind: Kind
+    supports: Callable[[Capability, torch.dtype, Shape], str | None]
+    prepare: Callable[[int, torch.dtype, Shape, Config], Run]
+    builds: tuple[Build, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """A kernel: its public function, its reference, its versions (best first), and what a call costs.
+
+    Args:
+        run: the public function; takes `version` (a name) and `config` besides its arguments.
+        reference: plain torch on any device, writes the same arguments.
+        library: torch's own operator for the same work, or the nearest composition of them.
+        sizes: names of the sizes that a version needs to know, in the order in which `launcher` gets them.
+        inputs: `(shape, dtype, device, generator, copies)` → that many tuples of arguments for `run`, which share what
+            calls of a model share (tables, caches, weights) and nothing else.
+        outputs: positions of the arguments that a call writes; updated: of those that it reads and writes.
+        cost: `(shape, dtype)` → bytes that must move, floating-point operations.
+        tolerance: by dtype, the largest ‖out − reference‖ / ‖reference‖; 0 means equal bit for bit.
+        cases: shapes for tests, odd sizes among them. bench: shapes for benchmarks.
+        tunable: shapes that `profile tune` measures, over `configs`.
+    """
+
+    name: str
+    run: Run
+    reference: Run
+    library: Run
+    versions: tuple[Version, ...]
+    sizes: tuple[str, ...]
+    inputs: Callable[[Shape, torch.dtype, torch.device, torch.Generator, int], list[tuple[Any, ...]]]
+    outputs: tuple[int, ...]
+    updated: tuple[int, ...]
+    cost: Callable[[Shape, torch.dtype], tuple[int, int]]
+    tolerance: Mapping[torch.dtype, float]
+    cases: tuple[Shape, ...]
+    bench: tuple[Shape, ...]
+    tunable: tuple[Shape, ...] = ()
+    configs: tuple[Config, ...] = ()
+
+    @property
+    def kind(self) -> Kind:
+        """Kind of the version that is preferred."""
+        return self.versions[0].kind
+
+    def version(self, name: str) -> Version:
+        for version in self.versions:
+            if version.name == name:
+                return version
+        raise KernelError(f"{self.name} has no version {name!r}; it has {', '.join(v.name for v in self.versions)}")
+
+    def select(self, where: Capability, dtype: torch.dtype, shape: Shape) -> Version:
+        """The first version that supports the call.
+
+        Raises:
+            KernelError: none does; lists the reason of each.
+        """
+        reasons = []
+        for version in self.versions:
+            reason = version.supports(where, dtype, shape)
+            if reason is None:
+                return version
+            reasons.append(f"\n  {version.name} ({version.kind}): {reason}")
+        sizes = ", ".join(f"{k}={v}" for k, v in shape.items())
+        listed = "".join(reasons)
+        raise KernelError(f"no version of {self.name} fits {dtype} on {arch_of(where)} with {sizes}:{listed}")
+
+
+_registry: dict[str, KernelSpec] = {}
+
+
+def register(spec: KernelSpec) -> KernelSpec:
+    assert spec.name not in _registry, f"kernel {spec.name} is registered twice"
+    _registry[spec.name] = spec
+    return spec
+
+
+@lru_cache(maxsize=8192)
+def launcher(
+    kernel: str, device: int, dtype: torch.dtype, version: str | None, config: Config | None, *sizes: int
+) -> Run:
+    """What launches `kernel` for a call of `sizes`: by `version` or the one that fits, by `config` or the tuned one.
+
+    Raises:
+        KernelError: no version fits, or not the one asked for.
+    """
+    spec = _registry[kernel]
+    shape = dict(zip(spec.sizes, sizes, strict=True))
+    where = capability(device)
+    chosen = spec.version(version) if version else spec.select(where, dtype, shape)
+    reason = chosen.supports(where, dtype, shape)
+    if reason is not None:
+        raise KernelError(f"version {version} of {kernel} doesn't fit: {reason}")
+    return chosen.prepare(device, dtype, shape, config or choose(kernel, device, spec.cost(shape, dtype)[0]))
+
+
+@cache
+def _load_all() -> None:
+    import minisgl.kernels as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.ispkg and importlib.util.find_spec(f"{package.__name__}.{module.name}.op"):
+            importlib.import_module(f"{package.__name__}.{module.name}.op")
+
+
+def registry() -> Mapping[str, KernelSpec]:
+    """Every kernel by name."""
+    _load_all()
+    return _registry

@@ -1,0 +1,71 @@
+"""Measures every launch configuration of every kernel on the GPU at hand, and writes the table of the best."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisgl.hardware import detect
+from minisgl.kernels.spec import KernelSpec, Shape, registry
+from minisgl.kernels.tuning import Config, bucket, table_paths
+from minisgl.profiling.replay import cold_inputs, replay_us
+from minisgl.types import KernelError
+
+DTYPE = torch.bfloat16
+
+
+def best_config(timed: Iterable[tuple[Config, float]], margin: float = 0.01) -> Config:
+    """The fastest; among those within `margin` of it, which are the same for all we know, the first."""
+    measured = list(timed)
+    limit = min(time for _, time in measured) * (1 + margin)
+    return next(config for config, time in measured if time <= limit)
+
+
+def measure(spec: KernelSpec, shape: Shape) -> list[tuple[Config, float]]:
+    """Median microseconds a call under each configuration."""
+    inputs = cold_inputs(spec, shape, DTYPE, most=1024)
+    timed = []
+    for config in spec.configs:
+        calls = [lambda args=args, c=config: spec.run(*args, config=c) for args in inputs]
+        timed.append((config, statistics.median(replay_us(calls, samples=9))))
+    return timed
+
+
+def tune(report: Callable[[str], None] = print) -> dict[str, Any]:
+    """The table for this GPU: by kernel and bucket of bytes moved, threads a block and work a thread.
+
+    Raises:
+        KernelError: there is no CUDA GPU.
+    """
+    hardware = detect()
+    if hardware.cuda is None:
+        raise KernelError(f"tuning needs an NVIDIA GPU: {hardware.no_cuda_reason}")
+    kernels: dict[str, dict[str, list[int]]] = {}
+    for spec in registry().values():
+        for shape in spec.tunable:
+            timed = measure(spec, shape)
+            best, worst = best_config(timed), max(time for _, time in timed)
+            rows = kernels.setdefault(spec.name, {})
+            rows[str(bucket(spec.cost(shape, DTYPE)[0]))] = [best.threads, best.work]
+            report(
+                f"{spec.name:12} tokens {shape['tokens']:6}: {best.threads:4} threads, {best.work} a thread, "
+                f"{dict(timed)[best]:8.2f} µs (worst {worst:.2f})"
+            )
+    return {"gpu": hardware.cuda.name, "torch": torch.__version__, "kernels": kernels}
+
+
+def write_table(table: dict[str, Any], path: Path | None = None) -> Path:
+    """Writes `table` to `path`, or else where this user's tables are looked for first."""
+    hardware = detect().cuda
+    assert hardware is not None
+    path = path or table_paths(f"sm_{hardware.capability[0]}{hardware.capability[1]}")[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join(f'    "{name}": {json.dumps(row)}' for name, row in table["kernels"].items())
+    head = "".join(f'  "{key}": {json.dumps(table[key])},\n' for key in ("gpu", "torch"))
+    path.write_text(f'{{\n{head}  "kernels": {{\n{rows}\n  }}\n}}\n')
+    return path
