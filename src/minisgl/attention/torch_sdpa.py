@@ -68,11 +68,11 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, piece: Piece, scale: float)
     if q.shape[0] == piece.num_seqs:  # one query each: a group's heads stand in for rows, no key is repeated
         q = q.reshape(piece.num_seqs, kv_heads, heads // kv_heads, head_dim)
         out = scaled_dot_product_attention(q, k, v, piece.mask, scale=scale)
-        return out.reshape(-1, heads, head_dim)
+        return out.reshape(-1, heads, head_dim).contiguous()
     q = q.view(piece.num_seqs, -1, heads, head_dim).transpose(1, 2)
     grouped = heads != kv_heads
     out = scaled_dot_product_attention(q, k, v, piece.mask, is_causal=piece.causal, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2).reshape(-1, heads, head_dim)
+    return out.transpose(1, 2).reshape(-1, heads, head_dim).contiguous()
 
 
 def _gather(pool: Tensor, piece: Piece) -> Tensor:
