@@ -138,13 +138,14 @@ class Scheduler:
         return batch
 
     def _schedule_decodes(self, batch: ScheduledBatch) -> int:
-        for request in list(self.running):
-            if request.status is not RequestStatus.RUNNING:
-                continue  # preempted for one before it
+        """One token for every request that wants just one. This loop is most of a decode step's host time."""
+        page_size = self.page_size
+        for request in self.running.copy():
             total = len(request.tokens) + request.num_pending
-            if total - request.num_computed != 1 or total >= request.max_total:
+            start = request.num_computed
+            if total - start != 1 or total >= request.max_total:
                 continue  # a prompt in chunks, or all its tokens are in flight
-            if request.num_computed >= len(request.pages) * self.page_size and not self._grow(request, batch):
+            if start >= len(request.pages) * page_size and not self._grow(request, batch):
                 continue
             self._append(batch, request, 1)
         return self.max_batched_tokens - len(batch.requests)
@@ -152,13 +153,14 @@ class Scheduler:
     def _append(self, batch: ScheduledBatch, request: Request, count: int) -> None:
         start = request.num_computed
         total = len(request.tokens) + request.num_pending
-        samples = start + count == total
+        end = start + count
+        samples = end == total
         batch.requests.append(request)
         batch.starts.append(start)
         batch.counts.append(count)
         batch.samples.append(samples)
         batch.output_index.append(total - request.num_prompt)
-        request.num_computed = start + count
+        request.num_computed = end
         request.num_pending += samples
         request.last_step = self.step
 
@@ -169,6 +171,8 @@ class Scheduler:
 
     def _grow(self, request: Request, batch: ScheduledBatch) -> bool:
         """One more page for a request that decodes, by preemption if need be. False: not in this step."""
+        if request.status is not RequestStatus.RUNNING:
+            return False  # preempted for one before it
         while not self.ledger.take(request, 1):
             victim = self.running[-1]
             if self.ledger.deferred or victim is self.running[0]:
