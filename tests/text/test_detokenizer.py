@@ -165,3 +165,13 @@ def test_byte_level_end_of_a_run_of_bad_bytes_is_as_decoded(byte_level, data: st
     detokenizer = make_detokenizer(tokenizer)
     emitted = "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush()
     assert emitted == tokenizer.decode(ids) == raw.decode(errors="replace")
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_byte_level_prompt_may_end_inside_a_character(byte_level, skip: bool) -> None:
+    tokenizer = Tokenizer(byte_level, {})
+    of_byte = {tokenizer.token_bytes(i): i for i in range(4, 260)}
+    *begun, last = [of_byte[bytes([b])] for b in "x🙂".encode()]
+    assert make_detokenizer(tokenizer, begun, skip).push([last]) == "🙂"
+    after_special = make_detokenizer(tokenizer, [*begun, *[2] * 9], skip)  # tokens that aren't text don't end it
+    assert after_special.push([last]) == ("🙂" if skip else "\ufffd")
