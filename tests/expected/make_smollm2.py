@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=2 python tests/expected/make_smollm2.py PATH/TO/SmolLM2-135M-Instruct.Q4_1.gguf
 
-transformers reads the same GGUF file with its own code (its own dequantization, tokenizer and chat template), in fp32
-on a CPU (it wants the package accelerate for that), and decodes greedily. Besides the ids the file keeps, for every step, how far the chosen logit lay above
-the next: where this margin is within rounding, another engine may rightly choose otherwise.
+transformers reads the same GGUF file with its own code (dequantization, tokenizer, chat template), in fp32 on a CPU,
+and decodes greedily. It wants the package accelerate for that. Besides the ids the file keeps, for every step, how
+far the chosen logit lay above the next: where this margin is within rounding, another engine may choose otherwise.
 """
 
 from __future__ import annotations
