@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from servers import Server, make_model, serve  # noqa: E402
+from servers import Server, make_model, running, tiny_options
 
 
 @pytest.fixture(scope="session")
@@ -20,5 +20,5 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tiny_model: Path) -> Iterator[Server]:
-    with serve(tiny_model) as server:
-        yield server
+    with running(*tiny_options(tiny_model)) as server:
+        yield server.wait_ready()

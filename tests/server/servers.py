@@ -67,7 +67,7 @@ class Server:
     """A running `python -m minisgl serve`."""
 
     def __init__(self, *options: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "minisgl", "serve", "--port", "0", *options]
+        command = [sys.executable, "-m", "minisgl", "serve", *options]
         full_env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **(env or {})}
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=full_env
@@ -110,14 +110,13 @@ class Server:
         return counts
 
     def children(self) -> list[int]:
-        """Ids of its child processes whose name tells that they run Python."""
+        """Ids of its child processes."""
         return [int(p) for p in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
 
     def engine_pid(self) -> int:
-        """The child that serves the engine; multiprocessing's resource tracker is another child."""
-        pids = [p for p in self.children() if "spawn_main" in Path(f"/proc/{p}/cmdline").read_text()]
-        assert len(pids) == 1, pids
-        return pids[0]
+        """The child that runs the engine; multiprocessing's resource tracker is another child."""
+        [pid] = [p for p in self.children() if "spawn_main" in Path(f"/proc/{p}/cmdline").read_text()]
+        return pid
 
     def exit_code(self, timeout: float = 60) -> int:
         code = self.process.wait(timeout)
@@ -135,14 +134,17 @@ class Server:
         self.exit_code()
 
 
+def tiny_options(model: Path, port: int = 0) -> list[str]:
+    """What serves `make_model`'s model as 'tiny'; port 0 is any free one."""
+    return f"--model {model} --served-model-name tiny --dummy-weights --num-pages 600 --port {port}".split()
+
+
 @contextmanager
-def serve(model: Path, *options: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """A server of `make_model`'s model, ready."""
-    server = Server(
-        "--model", str(model), "--served-model-name", "tiny", "--dummy-weights", "--num-pages", "600", *options, env=env
-    )
+def running(*options: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """A server that was just started, and ends with the context."""
+    server = Server(*options, env=env)
     try:
-        yield server.wait_ready()
+        yield server
     finally:
         server.stop()
 

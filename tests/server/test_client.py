@@ -23,8 +23,8 @@ from minisgl.messages import (
     EngineStats,
     Shutdown,
     StepOutputs,
-    TokenOutput,
     ToEngine,
+    TokenOutput,
     decode_to_engine,
     encode,
     unpack_ids,
@@ -206,8 +206,9 @@ async def test_client_raises_what_the_engine_refused(folder: Path) -> None:
 async def test_client_lets_no_more_in_than_the_queue_holds(folder: Path) -> None:
     async with setting(folder, max_queue=2) as s:
         with s.client.generate("a", [[1]], PARAMS):
-            with pytest.raises(OverloadedError, match="1 requests are waiting"), s.client.generate(
-                "b", [[1], [2]], PARAMS
+            with (
+                pytest.raises(OverloadedError, match="1 requests are waiting"),
+                s.client.generate("b", [[1], [2]], PARAMS),
             ):
                 pass
             with pytest.raises(RequestError, match="at most 2"), s.client.generate("c", [[1]] * 3, PARAMS):

@@ -71,7 +71,13 @@ class Parent:
 
 @contextmanager
 def start(model: str = "slow") -> Iterator[Parent]:
-    with EngineProcess(EngineConfig(model=model), fake_engine.NAME) as process:
+    with connected(EngineProcess(EngineConfig(model=model), fake_engine.NAME)) as parent:
+        yield parent
+
+
+@contextmanager
+def connected(process: EngineProcess) -> Iterator[Parent]:
+    with process:
         context = zmq.Context()
         parent = Parent(process, context)
         try:
@@ -135,6 +141,31 @@ def test_engine_process_frees_an_aborted_request_in_the_step_that_hears_of_it() 
             seen.append(parent.step())
         assert seen[-1].outputs[0].finish is FinishReason.ABORT
         assert seen[-1].stats.num_free_pages == fake_engine.NUM_PAGES
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_engine_process_frees_pages_within_a_step_of_an_abort(tiny_model: Path, overlap: bool) -> None:
+    config = EngineConfig(model=str(tiny_model), dummy_weights=True, num_pages=100, overlap=overlap)
+    with connected(EngineProcess(config)) as parent:
+        assert isinstance(parent.receive(), EngineReady)
+        params = SamplingParams().resolve({}, ())
+        parent.send(*(AddRequest(name, pack_ids([first] * 40), params) for name, first in (("a", 1), ("b", 2))))
+        while (step := parent.step()).stats.output_tokens < 10:
+            pass
+        held = _held(step)
+        parent.send(AbortRequest("a"))
+        while (step := parent.step()) and not any(o.id == "a" and o.finish for o in step.outputs):
+            pass
+        assert step.stats.num_running == 1
+        ended = step.stats.steps
+        while _held(step) > held // 2 + 1:  # the other one grows by a page now and then
+            step = parent.step()
+        assert step.stats.steps <= ended + 1
+
+
+def _held(step: StepOutputs) -> int:
+    """Pages that running requests hold."""
+    return step.stats.num_pages - step.stats.num_free_pages - step.stats.num_evictable_pages
 
 
 def test_engine_process_tells_its_counts_when_a_finish_changes_them() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from servers import A, CONTEXT, VOCAB_SIZE, Server, wait_until
+from servers import CONTEXT, VOCAB_SIZE, A, Server, wait_until
 
 USER = [{"role": "user", "content": "Tell me a story."}]
 
@@ -146,11 +146,17 @@ def test_n_answers_differ_and_repeat_with_the_seed(client: openai.OpenAI) -> Non
 
 def test_n_answers_to_several_prompts_come_in_order(client: openai.OpenAI) -> None:
     answer = complete(client, prompt=["A", "B"], n=2, temperature=1, seed=4)
-    streamed = {i: "" for i in range(4)}
+    streamed = dict.fromkeys(range(4), "")
     for chunk in complete(client, prompt=["A", "B"], n=2, temperature=1, seed=4, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].text
     assert [c.text for c in answer.choices] == list(streamed.values())
     assert answer.choices[0].text == complete(client, prompt="A", temperature=1, seed=4).choices[0].text
+
+
+def test_answers_without_a_seed_differ(client: openai.OpenAI) -> None:
+    texts = [c.text for c in complete(client, n=3, temperature=1, max_tokens=16).choices]
+    texts.append(complete(client, temperature=1, max_tokens=16).choices[0].text)
+    assert len(set(texts)) == 4
 
 
 def test_seeds_draw_different_answers(client: openai.OpenAI) -> None:
@@ -272,7 +278,9 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "param", "text"), BAD_FIELDS, ids=lambda v: json.dumps(v) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    ("fields", "param", "text"), BAD_FIELDS, ids=lambda v: json.dumps(v) if isinstance(v, dict) else ""
+)
 def test_bad_field_is_named_in_the_error(server: Server, fields: dict[str, Any], param: str, text: str) -> None:
     status, error = error_of(server, "/v1/completions", {"prompt": "x", **fields})
     assert status == (404 if param == "model" else 400)
@@ -336,8 +344,7 @@ def test_too_long_a_prompt_is_refused_with_both_numbers(client: openai.OpenAI) -
 
 
 def test_a_bad_prompt_among_good_ones_refuses_them_all(server: Server) -> None:
-    status, error = error_of(server, "/v1/completions", {"prompt": [[1], [VOCAB_SIZE]]})
-    assert status == 400
+    assert error_of(server, "/v1/completions", {"prompt": [[1], [VOCAB_SIZE]]})[0] == 400
     wait_until(lambda: server.counts()["num_running"] == 0)
 
 

@@ -35,7 +35,10 @@ ENGINE_OPTIONS = {
     "num_pages": Option("--num-pages", "pages in the KV cache; default: what memory allows", int, metavar="N"),
     "mem_fraction": Option("--mem-fraction", "of free memory that the engine may take", float, metavar="F"),
     "max_model_len": Option(
-        "--max-model-len", "prompt and output tokens of a request, at most; default: the model's context", int, metavar="N"
+        "--max-model-len",
+        "prompt and output tokens of a request, at most; default: the model's context",
+        int,
+        metavar="N",
     ),
     "max_running": Option("--max-running", "requests computed at the same time; default: by device", int, metavar="N"),
     "max_batched_tokens": Option(

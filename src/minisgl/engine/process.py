@@ -24,22 +24,8 @@ from typing import Protocol
 
 import zmq
 
+from minisgl import messages
 from minisgl.config import EngineConfig
-from minisgl.messages import (
-    AbortRequest,
-    AddRequest,
-    Command,
-    EngineFailed,
-    EngineReady,
-    EngineStats,
-    FinishRequest,
-    Shutdown,
-    StepOutputs,
-    TokenOutput,
-    decode_to_engine,
-    encode,
-    unpack_ids,
-)
 from minisgl.types import FinishReason, MinisglError, RequestError, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -62,8 +48,8 @@ class EngineLike(Protocol):
     def add(self, request_id: str, prompt: array[int], params: SamplingParams, priority: int = 0) -> None: ...
     def finish(self, request_id: str) -> None: ...
     def abort(self, request_id: str) -> None: ...
-    def step(self) -> list[TokenOutput]: ...
-    def stats(self) -> EngineStats: ...
+    def step(self) -> list[messages.TokenOutput]: ...
+    def stats(self) -> messages.EngineStats: ...
 
 
 class _ParentGoneError(Exception):
@@ -94,13 +80,13 @@ def engine_main(config: EngineConfig, commands: str, outputs: str, parent_pid: i
             _run(_make_engine(engine, config), receiver, sender, parent_pid)
         except MinisglError as error:
             code = 1
-            sender.send(encode(EngineFailed(str(error))))
+            sender.send(messages.encode(messages.EngineFailed(str(error))))
         except _ParentGoneError:
             code = 1
         except Exception as error:
             code = 1
             logger.exception("the engine can't go on")
-            sender.send(encode(EngineFailed(f"the engine failed: {type(error).__name__}: {error}")))
+            sender.send(messages.encode(messages.EngineFailed(f"the engine failed: {type(error).__name__}: {error}")))
     finally:
         context.destroy(linger=LINGER_MS)
     sys.exit(code)
@@ -128,10 +114,10 @@ def _run(engine: EngineLike, commands: zmq.Socket[bytes], outputs: zmq.Socket[by
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
-    config = engine.config
-    outputs.send(encode(EngineReady(engine.max_total_tokens, engine.vocab_size, config.device, config.dtype)))
+    limits, config = (engine.max_total_tokens, engine.vocab_size), engine.config
+    outputs.send(messages.encode(messages.EngineReady(*limits, config.device, config.dtype)))
     stats = engine.stats()
-    outputs.send(encode(StepOutputs([], stats)))
+    outputs.send(messages.encode(messages.StepOutputs([], stats)))
     while True:
         if not engine.has_work:
             _wait(commands, parent_pid)
@@ -142,7 +128,7 @@ def _run(engine: EngineLike, commands: zmq.Socket[bytes], outputs: zmq.Socket[by
         results += engine.step()
         before, stats = stats, engine.stats()
         if results or stats != before:
-            outputs.send(encode(StepOutputs(results, stats)))
+            outputs.send(messages.encode(messages.StepOutputs(results, stats)))
 
 
 def _wait(commands: zmq.Socket[bytes], parent_pid: int) -> None:
@@ -151,30 +137,30 @@ def _wait(commands: zmq.Socket[bytes], parent_pid: int) -> None:
             raise _ParentGoneError
 
 
-def _drain(commands: zmq.Socket[bytes]) -> list[Command] | None:
+def _drain(commands: zmq.Socket[bytes]) -> list[messages.Command] | None:
     """Every command that is there, without waiting; None once `Shutdown` is among them."""
-    received: list[Command] = []
+    received: list[messages.Command] = []
     while True:
         try:
-            message = decode_to_engine(commands.recv(zmq.NOBLOCK))
+            message = messages.decode_to_engine(commands.recv(zmq.NOBLOCK))
         except zmq.Again:
             return received
-        if isinstance(message, Shutdown):
+        if isinstance(message, messages.Shutdown):
             return None
         received += message.commands
 
 
-def _apply(engine: EngineLike, command: Command) -> TokenOutput | None:
+def _apply(engine: EngineLike, command: messages.Command) -> messages.TokenOutput | None:
     """Hands `command` to the engine; a request that it refuses comes back as its terminal output."""
     match command:
-        case AddRequest():
+        case messages.AddRequest():
             try:
-                engine.add(command.id, unpack_ids(command.prompt), command.params, command.priority)
+                engine.add(command.id, messages.unpack_ids(command.prompt), command.params, command.priority)
             except RequestError as error:
-                return TokenOutput(command.id, [], finish=FinishReason.ERROR, error=str(error))
-        case FinishRequest():
+                return messages.TokenOutput(command.id, [], finish=FinishReason.ERROR, error=str(error))
+        case messages.FinishRequest():
             engine.finish(command.id)
-        case AbortRequest():
+        case messages.AbortRequest():
             engine.abort(command.id)
     return None
 
@@ -225,7 +211,7 @@ class EngineProcess:
             return f"the engine process was ended by signal {-code} ({signal.strsignal(-code)})"
         return f"the engine process ended with exit code {code}"
 
-    def stop(self, timeout: float = 5.0) -> None:
+    def stop(self, timeout: float = 2.0) -> None:
         """Waits `timeout` seconds for an engine that was told to shut down, then kills it. Idempotent."""
         if self._process.pid is not None:
             self._process.terminate()  # heeded only while the model loads

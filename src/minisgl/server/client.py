@@ -11,21 +11,7 @@ from typing import Protocol
 import zmq
 import zmq.asyncio
 
-from minisgl.messages import (
-    AbortRequest,
-    AddRequest,
-    Command,
-    Commands,
-    EngineFailed,
-    EngineReady,
-    EngineStats,
-    FinishRequest,
-    Shutdown,
-    StepOutputs,
-    decode_from_engine,
-    encode,
-    pack_ids,
-)
+from minisgl import messages
 from minisgl.server.stream import Stream
 from minisgl.text.output import OutputProcessor
 from minisgl.types import EngineDeadError, MinisglError, OverloadedError, RequestError, SamplingParams
@@ -60,10 +46,10 @@ class AsyncEngineClient:
         self._processor = processor
         self._max_queue = max_queue
         self._streams: dict[str, tuple[Stream, int]] = {}  # request id → its stream and place there
-        self._outbox: list[Command] = []
+        self._outbox: list[messages.Command] = []
         self._failure: MinisglError | None = None
-        self.ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
-        self.stats = EngineStats()
+        self.ready: asyncio.Future[messages.EngineReady] = asyncio.get_running_loop().create_future()
+        self.stats = messages.EngineStats()
         self._context = zmq.Context()
         self._outputs = zmq.asyncio.Socket(self._context, zmq.PULL)
         self._outputs.set_hwm(0)
@@ -102,7 +88,7 @@ class AsyncEngineClient:
                 prompt, own = prompts[index // params.n], _own_params(params, index % params.n)
                 self._processor.add(sequence, prompt, own)
                 self._streams[sequence] = (stream, index)
-                self._push(AddRequest(sequence, pack_ids(list(prompt)), own, priority))
+                self._push(messages.AddRequest(sequence, messages.pack_ids(list(prompt)), own, priority))
             yield stream
         finally:
             for index in stream.open:
@@ -135,7 +121,7 @@ class AsyncEngineClient:
     def close(self) -> None:
         """Tells the engine to end, and closes the sockets. Idempotent."""
         self.fail(EngineDeadError("the server is shutting down"))
-        self._send(encode(Shutdown()))
+        self._send(messages.encode(messages.Shutdown()))
         self._outputs.close(linger=0)
         self._commands.close(linger=LINGER_MS)
         self._context.term()
@@ -151,9 +137,9 @@ class AsyncEngineClient:
     def _abort(self, sequence: str) -> None:
         self._streams.pop(sequence, None)
         self._processor.abort(sequence)
-        self._push(AbortRequest(sequence))
+        self._push(messages.AbortRequest(sequence))
 
-    def _push(self, command: Command) -> None:
+    def _push(self, command: messages.Command) -> None:
         """Queues `command`; all of one turn of the event loop travel in one message."""
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
@@ -161,7 +147,7 @@ class AsyncEngineClient:
 
     def _flush(self) -> None:
         commands, self._outbox = self._outbox, []
-        self._send(encode(Commands(commands)))
+        self._send(messages.encode(messages.Commands(commands)))
 
     def _send(self, message: bytes) -> None:
         if not self._commands.closed:
@@ -169,13 +155,13 @@ class AsyncEngineClient:
 
     async def _receive(self) -> None:
         while True:
-            message = decode_from_engine(await self._outputs.recv())
+            message = messages.decode_from_engine(await self._outputs.recv())
             match message:
-                case EngineReady():
+                case messages.EngineReady():
                     self.ready.set_result(message)
-                case StepOutputs():
+                case messages.StepOutputs():
                     self._deliver(message)
-                case EngineFailed():
+                case messages.EngineFailed():
                     raise EngineDeadError(message.error)
 
     async def _watch(self) -> None:
@@ -187,11 +173,11 @@ class AsyncEngineClient:
             loop.remove_reader(self._engine.sentinel)
         raise EngineDeadError(self._engine.exit_text())
 
-    def _deliver(self, step: StepOutputs) -> None:
+    def _deliver(self, step: messages.StepOutputs) -> None:
         self.stats = step.stats
         deltas, stopped = self._processor.process(step.outputs)
         for sequence in stopped:
-            self._push(FinishRequest(sequence))
+            self._push(messages.FinishRequest(sequence))
         for delta in deltas:
             stream, index = self._streams[delta.request_id]
             if delta.finish_reason is not None:

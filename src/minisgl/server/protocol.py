@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -12,58 +13,22 @@ from minisgl.types import RequestError, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-# Sampling fields whose HTTP name and meaning are those of SamplingParams.
-_SAMPLING_FIELDS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "seed",
-    "max_tokens",
-    "min_tokens",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "n",
-    "skip_special_tokens",
-)
+_SAMPLING_FIELDS = [field.name for field in dataclasses.fields(SamplingParams)]
 
-
-def _is_set(value: Any) -> bool:
-    return bool(value)
-
-
+# Fields that aren't supported, each with the test of whether its value asks for something.
 _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
-    "audio": _is_set,
-    "function_call": lambda v: v not in (None, "none"),
-    "functions": _is_set,
-    "guided_json": _is_set,
-    "modalities": lambda v: v not in (None, ["text"]),
-    "prediction": _is_set,
-    "response_format": lambda v: v is not None and v != {"type": "text"},
-    "suffix": _is_set,
-    "tool_choice": lambda v: v not in (None, "none", "auto"),
-    "tools": _is_set,
-    "web_search_options": _is_set,
-    "echo": _is_set,
+    **dict.fromkeys(("audio", "echo", "functions", "guided_json", "prediction", "suffix", "tools"), bool),
     "best_of": lambda v: v not in (None, 1),
+    "function_call": lambda v: v not in (None, "none"),
+    "modalities": lambda v: v not in (None, ["text"]),
+    "response_format": lambda v: v not in (None, {"type": "text"}),
+    "tool_choice": lambda v: v not in (None, "none", "auto"),
+    "web_search_options": lambda v: v is not None,
 }
-_WITHOUT_EFFECT = {
-    "metadata",
-    "moderation",
-    "parallel_tool_calls",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "reasoning_effort",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "user",
-    "verbosity",
-}
+_WITHOUT_EFFECT = frozenset(
+    "metadata moderation parallel_tool_calls prompt_cache_key prompt_cache_retention reasoning_effort "
+    "safety_identifier service_tier store user verbosity".split()
+)
 _warned: set[str] = set()
 
 
@@ -120,7 +85,7 @@ class GenerationRequest(_Schema):
         Raises:
             RequestError: a value out of range, naming the field.
         """
-        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name, None)) is not None}
         return SamplingParams(**{**given, **self._own_params(), "logit_bias": self._logit_bias()})
 
     def _own_params(self) -> dict[str, Any]:
