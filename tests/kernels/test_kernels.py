@@ -80,7 +80,7 @@ TRITON = [(s, v, shape) for s, v, shape in CASES if v.kind == "triton" and shape
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests run them")
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=_id)
 @pytest.mark.parametrize(("spec", "version", "shape"), TRITON, ids=_id)
 def test_triton_interpreted(spec: KernelSpec, version: Version, shape: Shape, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
@@ -91,7 +91,7 @@ def test_triton_interpreted(spec: KernelSpec, version: Version, shape: Shape, dt
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=_id)
 @pytest.mark.parametrize(("spec", "version", "shape"), CASES, ids=_id)
 def test_kernel_matches_reference(spec: KernelSpec, version: Version, shape: Shape, dtype: torch.dtype) -> None:
     try:

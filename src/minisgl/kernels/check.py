@@ -22,19 +22,20 @@ def shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
         raise KernelError(f"{name} has shape {tuple(x.shape)}; expected {expected}")
 
 
-def dims(name: str, x: Tensor, letters: str) -> None:
-    """`x` must have as many dimensions as `letters` names, separated by blanks."""
-    if x.dim() != len(letters.split()):
-        raise KernelError(f"{name} has shape {tuple(x.shape)}; expected [{letters.replace(' ', ', ')}]")
+def dims(name: str, x: Tensor, number: int, form: str) -> None:
+    if x.dim() != number:
+        raise KernelError(f"{name} has shape {tuple(x.shape)}; expected {form}")
 
 
 def rows(name: str, x: Tensor) -> None:
     """Everything behind the first dimension of `x` must be contiguous; rows may lie apart from one another."""
-    step = 1
-    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
-        if stride != step and size != 1:
-            raise KernelError(f"{name} has strides {x.stride()}: its rows must be contiguous; call .contiguous()")
-        step *= size
+    if x.is_contiguous():
+        return
+    sizes, strides, step = x.shape, x.stride(), 1
+    for i in range(len(sizes) - 1, 0, -1):
+        if strides[i] != step and sizes[i] != 1:
+            raise KernelError(f"{name} has strides {strides}: its rows must be contiguous; call .contiguous()")
+        step *= sizes[i]
 
 
 def contiguous(name: str, x: Tensor) -> None:
@@ -56,9 +57,10 @@ def cuda(**tensors: Tensor) -> int:
 
 
 def aligned(name: str, x: Tensor, num_bytes: int) -> None:
-    """Address and row stride of `x` must be multiples of `num_bytes`."""
-    if (x.data_ptr() | x.stride(0) * x.element_size()) % num_bytes:
-        raise KernelError(f"{name} must have its rows aligned to {num_bytes} bytes; it has strides {x.stride()}")
+    """Address and (of more than one dimension) row stride of `x` must be multiples of `num_bytes`."""
+    stride = x.stride(0) * x.element_size() if x.dim() > 1 else 0
+    if (x.data_ptr() | stride) % num_bytes:
+        raise KernelError(f"{name} must start at a multiple of {num_bytes} bytes, and so must its rows")
 
 
 def vector_bytes(*places: int) -> int:

@@ -13,7 +13,7 @@ from minisgl.kernels.spec import FLOATS, KernelSpec, Run, Shape, Version, launch
 from minisgl.kernels.tuning import Config
 from minisgl.types import KernelError
 
-_SHARED_BYTES = 48 * 1024  # that a block has without asking the driver for more
+_SHARED_BYTES = 47 * 1024  # for rows: a block has 48 KiB without asking the driver for more
 
 
 def index(
@@ -50,8 +50,8 @@ def index(
 
 
 def _check(out: Tensor, table: Tensor, ids: Tensor, vocab_len: int | None) -> tuple[int, int]:
-    check.dims("table", table, "V W")
-    check.dims("ids", ids, "T")
+    check.dims("table", table, 2, "[V, W]")
+    check.dims("ids", ids, 1, "[T]")
     check.dtype("ids", ids, check.IDS)
     check.contiguous("ids", ids)
     check.rows("table", table)

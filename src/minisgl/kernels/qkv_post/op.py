@@ -79,11 +79,11 @@ def _check(
     q_out: Tensor | None,
 ) -> int:
     """The number of query heads."""
-    check.dims("slots", slots, "T")
+    check.dims("slots", slots, 1, "[T]")
     check.dtype("slots", slots, check.IDS)
-    check.dims("k_cache", k_cache, "slots Hkv D")
+    check.dims("k_cache", k_cache, 3, "[slots, Hkv, D]")
     tokens, kv_heads, dim = slots.shape[0], k_cache.shape[1], k_cache.shape[2]
-    check.dims("qkv", qkv, "T width")
+    check.dims("qkv", qkv, 2, "[T, width]")
     num_q, rest = divmod(qkv.shape[1] - 2 * kv_heads * dim, dim)
     if qkv.shape[0] != tokens or rest or num_q < 1:
         raise KernelError(f"qkv has shape {tuple(qkv.shape)}; expected [{tokens}, (Hq + 2 · {kv_heads}) · {dim}]")
@@ -112,7 +112,7 @@ def _check(
 
 def check_angles(cos_sin: Tensor, positions: Tensor, tokens: int, dim: int) -> None:
     """Checks the arguments that say how far each token is rotated."""
-    check.dims("cos_sin", cos_sin, "positions D")
+    check.dims("cos_sin", cos_sin, 2, "[positions, D]")
     check.shape("cos_sin", cos_sin, (cos_sin.shape[0], dim))
     check.dtype("cos_sin", cos_sin, (torch.float32,))
     check.contiguous("cos_sin", cos_sin)

@@ -59,7 +59,7 @@ def add_rmsnorm(
 
 def _check(weight: Tensor, **matrices: Tensor) -> None:
     x = matrices["x"]
-    check.dims("x", x, "T H")
+    check.dims("x", x, 2, "[T, H]")
     check.shape("weight", weight, (x.shape[1],))
     check.contiguous("weight", weight)
     check.dtype("weight", weight, (x.dtype,))

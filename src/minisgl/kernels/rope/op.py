@@ -36,8 +36,8 @@ def rope(
     Raises:
         KernelError: an argument of the wrong shape, dtype, layout, alignment or device; it names the argument.
     """
-    check.dims("q", q, "T Hq D")
-    check.dims("k", k, "T Hkv D")
+    check.dims("q", q, 3, "[T, Hq, D]")
+    check.dims("k", k, 3, "[T, Hkv, D]")
     tokens, heads, dim = q.shape
     if dim % 8 or dim > 256:
         raise KernelError(f"q has a head_dim of {dim}; expected a multiple of 8, at most 256")

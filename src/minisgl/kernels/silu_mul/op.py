@@ -25,7 +25,7 @@ def silu_mul(gate_up: Tensor, out: Tensor, *, version: str | None = None, config
     Raises:
         KernelError: an argument of the wrong shape, dtype, layout or device; it names the argument.
     """
-    check.dims("gate_up", gate_up, "T 2I")
+    check.dims("gate_up", gate_up, 2, "[T, 2I]")
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
     if gate_up.shape[1] % 2:
         raise KernelError(f"gate_up has shape {tuple(gate_up.shape)}; expected an even number of columns")

@@ -12,7 +12,7 @@ from minisgl.kernels.nvrtc import ID_CTYPES, Build, Capability, prepare
 from minisgl.kernels.spec import FLOATS, KernelSpec, Run, Shape, Version, launcher, register
 from minisgl.kernels.tuning import Config
 
-_SHARED_BYTES = 48 * 1024  # that a block has without asking the driver for more
+_SHARED_BYTES = 47 * 1024  # for rows: a block has 48 KiB without asking the driver for more
 
 
 def store(
@@ -49,8 +49,8 @@ def store(
 
 
 def _check(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    check.dims("k_cache", k_cache, "slots Hkv D")
-    check.dims("slots", slots, "T")
+    check.dims("k_cache", k_cache, 3, "[slots, Hkv, D]")
+    check.dims("slots", slots, 1, "[T]")
     check.dtype("slots", slots, check.IDS)
     check.contiguous("slots", slots)
     check.rows("k_cache", k_cache)
