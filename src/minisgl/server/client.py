@@ -110,7 +110,9 @@ class AsyncEngineClient:
         try:
             await asyncio.wait({receive, watch}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait({receive}, timeout=LAST_WORDS_S)
-            await (receive if receive.done() else watch)
+            if receive.done():
+                await receive
+            raise EngineDeadError(self._engine.exit_text())
         except Exception as error:
             self.fail(error if isinstance(error, MinisglError) else EngineDeadError(f"the server failed: {error!r}"))
             raise
@@ -171,7 +173,6 @@ class AsyncEngineClient:
             await ended.wait()
         finally:
             loop.remove_reader(self._engine.sentinel)
-        raise EngineDeadError(self._engine.exit_text())
 
     def _deliver(self, step: messages.StepOutputs) -> None:
         self.stats = step.stats

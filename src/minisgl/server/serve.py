@@ -116,7 +116,7 @@ class _Life:
             await http
         finally:
             backend.cancel()
-            await asyncio.wait({backend})
+            await asyncio.gather(backend, return_exceptions=True)
             if self._client is not None:
                 self._client.close()
         if self._death is not None:
