@@ -14,7 +14,7 @@ PINS    := $(if $(GPU),,-c constraints-cpu.txt)
 GROUPS  := base cmake $(if $(GPU),cuda)
 # Folders too, so that a deleted file counts as a change.
 SOURCES := $(shell find src csrc -not -name '*.pyc' -not -name '__pycache__')
-C_FILES  = $(shell find benchmarks csrc src tests -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
+C_FILES  = $(shell find benchmarks csrc src tests -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test test-gpu lint format bench
 .DELETE_ON_ERROR:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COUNTED = ("src/minisgl", "csrc")
 OUTSIDE = frozenset({"cli", "profiling", "static"})  # names of folders
 PYTHON = frozenset({".py", ".pyi"})
-C_LIKE = frozenset({".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp"})
+C_LIKE = frozenset({".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".inl"})
 
 _LAYOUT = frozenset({tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT})
 # A literal is matched before a comment can begin inside it; a raw string ends only at its own delimiter.
