@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tiny import make_checkpoint
 from torch import Tensor
 
 from minisgl.models import CausalLM, load_model
+from minisgl.models.build import model_places
 from minisgl.types import ModelError
 
 Checkpoint = Callable[[str], tuple[Path, Any]]
@@ -139,3 +142,28 @@ def test_dummy_weights_need_only_a_configuration(folder: Path) -> None:
     assert all(bool(torch.isfinite(p).all()) for p in a.parameters())
     assert parameters(a)["embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.1)
     assert bool((parameters(a)["norm.weight"] == 1).all())
+
+
+MEASURE = """
+import re, sys, torch
+from pathlib import Path
+from minisgl.models import load_model
+torch.ones(64, 64) @ torch.ones(64, 64)
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+before = peak()
+model = load_model(Path(sys.argv[1]), torch.float32, torch.device("cpu"), progress=False)
+print(peak() - before - sum(p.nbytes for p in model.parameters()))
+"""
+
+
+def test_loading_takes_little_memory_beside_the_model(tmp_path: Path) -> None:
+    """A file of 200 MB in tensors of 8 MB at most, in a process of its own."""
+    config: dict[str, Any] = {"model_type": "llama", "vocab_size": 2048, "max_position_embeddings": 64}
+    config |= {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 5, "num_attention_heads": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    places = model_places(load(tmp_path, dummy=True))
+    save_file({name: torch.ones(place.shape) for name, place in places.items()}, tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_size > 200e6
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    beside = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert beside < 80e6

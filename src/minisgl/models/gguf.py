@@ -101,7 +101,7 @@ def _fields(file: GGUFFile, values: Values) -> dict[str, Any]:
 
 def _rope_scaling(file: GGUFFile, values: Values) -> RopeScaling | None:
     if ROPE_FACTORS in file.tensors:
-        factors = dequantise(_raw(file), file.tensors[ROPE_FACTORS])
+        factors = dequantise(file.path, file.tensors[ROPE_FACTORS])
         return RopeScaling("factors", factors=tuple(factors.reshape(-1).tolist()))
     kind = values.text("rope.scaling.type", "none")
     if kind == "none":
@@ -126,12 +126,12 @@ def _rope_scaling(file: GGUFFile, values: Values) -> RopeScaling | None:
 
 
 def load(model: CausalLM, file: GGUFFile, progress: bool) -> None:
-    """Fills `model` from `file`, which is mapped into memory; one dequantised tensor at a time stands beside it.
+    """Fills `model` from `file`. One tensor at a time is mapped, and dequantised beside the model.
 
     Raises:
         ModelError: tensors missing, unexpected, of another shape, or of a type that gguf can't dequantise.
     """
-    places, path, raw = model_places(model), Path(file.path), _raw(file)
+    places, path = model_places(model), Path(file.path)
     found: set[str] = set()
     tensors = [tensor for tensor in file.tensors.values() if tensor.name != ROPE_FACTORS]
     with byte_bar(f"Loading {path.name}", sum(t.num_bytes for t in tensors), progress) as advance:
@@ -140,20 +140,13 @@ def load(model: CausalLM, file: GGUFFile, progress: bool) -> None:
                 if name not in places:
                     raise unknown_tensors([tensor.name], path)
                 check_shape(tensor.name, part.shape, places[name], path)
-                values = torch.from_numpy(dequantise(raw, part))
+                values = torch.from_numpy(dequantise(file.path, part))
                 if model.gguf_interleaved and re.search(r"[qk]_proj", name):
                     values = _split_pairs(values, model.config.head_dim)
                 places[name].put(values[places[name].slices()])
                 found.add(name)
             advance(tensor.num_bytes)
     require_all(places, found, path)
-
-
-def _raw(file: GGUFFile) -> np.ndarray:
-    try:
-        return np.memmap(file.path, dtype=np.uint8, mode="r")
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{file.path} can't be read: {e}") from e
 
 
 def _pieces(tensor: GGUFTensor) -> Iterator[tuple[str, GGUFTensor]]:
@@ -176,15 +169,17 @@ def _translate(name: str) -> str:
     return f"{layer}{NAMES[match[2]]}.{match[3]}"
 
 
-def dequantise(raw: np.ndarray, tensor: GGUFTensor) -> np.ndarray:
-    """The values of `tensor`, float32 in its shape, from `raw`, the bytes of its file."""
+def dequantise(path: str, tensor: GGUFTensor) -> np.ndarray:
+    """The values of a tensor of the file at `path`: float32 in the tensor's shape."""
     import gguf
 
-    data = raw[tensor.offset : tensor.offset + tensor.num_bytes]
     try:
+        data = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.num_bytes,))
         values = gguf.dequantize(data, gguf.GGMLQuantizationType[tensor.type])
     except NotImplementedError as e:
         raise ModelError(f"tensor {tensor.name} is of type {tensor.type}, which the gguf package can't read") from e
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{path}: tensor {tensor.name} can't be read: {e}") from e
     return np.require(values.reshape(tensor.shape), np.float32, "W")
 
 

@@ -14,6 +14,7 @@ from minisgl.models.progress import byte_bar
 from minisgl.types import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAPPED_BYTES = 32 << 20  # of a file, before it is mapped afresh
 
 
 def load(model: nn.Module, folder: Path, progress: bool) -> None:
@@ -58,17 +59,22 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def _load_file(file: Path, places: dict[str, Place], tied: bool) -> set[str]:
-    found = set()
+    """Fills what `file` holds. It is mapped afresh every few tensors: pages once read would else stay with us."""
     with safe_open(file, framework="pt") as f:
         names = [name for name in f.keys() if not _ignored(name, tied)]  # noqa: SIM118 (not a dict)
-        if unknown := [name for name in names if name not in places]:
-            raise unknown_tensors(unknown, file)
-        for name in names:
-            part = f.get_slice(name)
-            check_shape(name, tuple(part.get_shape()), places[name], file)
-            places[name].put(part[places[name].slices()])
-            found.add(name)
-    return found
+    if unknown := [name for name in names if name not in places]:
+        raise unknown_tensors(unknown, file)
+    left = names[::-1]
+    while left:
+        with safe_open(file, framework="pt") as f:
+            num_bytes = 0
+            while left and num_bytes < MAPPED_BYTES:
+                name = left.pop()
+                tensor, place = f.get_slice(name), places[name]
+                check_shape(name, tuple(tensor.get_shape()), place, file)
+                place.put(tensor[place.slices()])
+                num_bytes += place.target.nbytes
+    return set(names)
 
 
 def _ignored(name: str, tied: bool) -> bool:
