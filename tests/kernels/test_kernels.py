@@ -25,6 +25,7 @@ CASES = [(s, v, shape) for s in SPECS for v in s.versions for shape in s.cases]
 CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
 H100 = (9, 0)
+POISON = -123_456_789  # in outputs of whole numbers; NaN in others
 
 
 def _id(value: Any) -> str | None:
@@ -38,6 +39,18 @@ def _id(value: Any) -> str | None:
 def _whole(x: Tensor) -> Tensor:
     """Everything in the memory that `x` is a part of."""
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+
+
+def _poison(x: Tensor) -> None:
+    x.fill_(float("nan") if x.is_floating_point() else POISON)
+
+
+def _poisoned(x: Tensor) -> Tensor:
+    return x.isnan() if x.is_floating_point() else x == POISON
+
+
+def _num_rows(shape: Shape) -> int:
+    return shape.get("tokens", shape.get("rows", 0))
 
 
 def _precise(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -57,26 +70,27 @@ def _check(
     args = spec.inputs(shape, dtype, device, torch.Generator(device).manual_seed(seed), 1)[0]
     outputs = [i for i in spec.outputs if i < len(args)]
     for i in outputs:
-        _whole(args[i]).fill_(float("nan"))
+        _poison(_whole(args[i]))
     expected = _precise(args)
     spec.reference(*expected)
     call(*args)
     for i in (*outputs, *spec.updated):
         _compare(args[i], expected[i], slack * spec.tolerance[dtype], f"argument {i}, seed {seed}")
     for i in outputs:
-        whole, inside = _whole(args[i]), _whole(args[i]).isnan().logical_not_().zero_()
+        whole = _whole(args[i])
+        inside = torch.zeros_like(whole, dtype=torch.bool)
         inside.as_strided(args[i].shape, args[i].stride(), args[i].storage_offset()).fill_(True)
-        assert whole[~inside].isnan().all(), f"argument {i}: wrote outside of its rows, seed {seed}"
+        assert _poisoned(whole[~inside]).all(), f"argument {i}: wrote outside of its rows, seed {seed}"
 
 
 def _compare(out: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    poison = expected.isnan()
-    assert torch.equal(out.isnan(), poison), f"{what}: written where nothing belongs, or not written"
+    poison = _poisoned(expected)
+    assert torch.equal(_poisoned(out), poison), f"{what}: written where nothing belongs, or not written"
     out, expected = out.double()[~poison], expected[~poison]
     assert (out - expected).norm() <= tolerance * expected.norm(), f"{what}: {(out - expected).norm()}"
 
 
-TRITON = [(s, v, shape) for s, v, shape in CASES if v.kind == "triton" and shape["tokens"]]
+TRITON = [(s, v, shape) for s, v, shape in CASES if v.kind == "triton" and _num_rows(shape)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests run them")
@@ -85,7 +99,7 @@ TRITON = [(s, v, shape) for s, v, shape in CASES if v.kind == "triton" and shape
 def test_triton_interpreted(spec: KernelSpec, version: Version, shape: Shape, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     run = version.prepare(-1, dtype, shape, Config(128, 1))
-    small = {**shape, "tokens": min(shape["tokens"], 9)}
+    small = {name: min(size, 9) if name in ("tokens", "rows") else size for name, size in shape.items()}
     call = (lambda x, w, eps, out: run(x, None, w, eps, out)) if spec.name == "rmsnorm" else run
     _check(spec, call, small, dtype, CPU, slack=2)  # the interpreter cuts bfloat16 off instead of rounding
 
@@ -134,7 +148,7 @@ def test_index_and_store_take_other_dtypes() -> None:
 def test_index_serves_zeros_for_ids_out_of_range() -> None:
     table = torch.randn(10, 64, device=CUDA)
     ids = torch.tensor([-1, 0, 9, 10, -(2**31), 2**31 - 1], dtype=torch.int32, device=CUDA)
-    for version in ("v1", "v2", "v3"):
+    for version in ("v1", "v2"):
         out = torch.full((6, 64), float("nan"), device=CUDA)
         index(out, table, ids, version=version)
         assert torch.equal(out[1:3], table[[0, 9]]) and not out[[0, 3, 4, 5]].any()
@@ -144,7 +158,7 @@ def test_index_serves_zeros_for_ids_out_of_range() -> None:
 
 @pytest.mark.cuda
 def test_store_ignores_slots_out_of_range() -> None:
-    for version in ("v1", "v2", "v3"):
+    for version in ("v1", "v2"):
         caches = torch.zeros(2, 4, 2, 64, device=CUDA)
         k, v = torch.randn(2, 4, 2, 64, device=CUDA)
         store(caches[0], caches[1], k, v, torch.tensor([4, -1, 2, 2**31 - 1], device=CUDA), version=version)
@@ -187,7 +201,7 @@ def test_kernel_replays_from_a_graph(spec: KernelSpec) -> None:
             mine.copy_(other)
     for i in spec.outputs:
         if i < len(args):
-            args[i].fill_(float("nan"))
+            _poison(args[i])
     expected = _precise(args)
     spec.reference(*expected)
     graph.replay()
@@ -297,19 +311,17 @@ def test_select_takes_the_first_that_fits() -> None:
     assert spec.select(H100, torch.float32, {"tokens": 1, "width": 65535, "vec": 1}).name == "v1"
 
 
-def test_registry_is_complete() -> None:
-    assert set(registry()) == {"index", "store", "qkv_post", "rmsnorm", "add_rmsnorm", "silu_mul", "rope"}
+def test_registry_prices_calls_by_their_size() -> None:
     for spec in SPECS:
-        assert spec.kind == "cuda"
-        num_bytes, flops = spec.cost(spec.bench[0], torch.bfloat16)
-        assert num_bytes > 0 and flops >= 0
-        doubled = {**spec.bench[1], "tokens": 2 * spec.bench[1]["tokens"]}
-        assert spec.cost(doubled, torch.bfloat16)[0] > 1.9 * spec.cost(spec.bench[1], torch.bfloat16)[0]
+        shape = spec.bench[1]
+        doubled = {name: 2 * size if name in ("tokens", "rows") else size for name, size in shape.items()}
+        (once, flops), (twice, more_flops) = (spec.cost(s, torch.bfloat16) for s in (shape, doubled))
+        assert once > 0 and 1.9 * once < twice <= 2 * once and more_flops == 2 * flops
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=_id)
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.name != "sample"], ids=_id)  # torch draws noise of its own
 def test_library_does_the_same_work_as_the_reference(spec: KernelSpec) -> None:
-    shape = next(s for s in spec.cases if s["tokens"] and "length" not in s and "skip" not in s and "q_out" not in s)
+    shape = next(s for s in spec.cases if _num_rows(s) and "length" not in s and "skip" not in s and "q_out" not in s)
     args = spec.inputs(shape, torch.float32, CPU, torch.Generator().manual_seed(0), 1)[0]
     for i in spec.outputs:
         if i < len(args):

@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from minisgl.kernels.nvrtc import Build, Capability, arch_of, capability
 from minisgl.kernels.tuning import Config, choose
@@ -21,6 +22,7 @@ from minisgl.types import KernelError
 Kind = Literal["cuda", "triton", "cpu", "collective"]
 Shape = Mapping[str, int]  # the sizes that describe a call, by name
 Run = Callable[..., None]
+_MAX_PLANS = 4096
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -127,6 +129,31 @@ def launcher(
     if reason is not None:
         raise KernelError(f"version {version} of {kernel} doesn't fit: {reason}")
     return chosen.prepare(device, dtype, shape, config or choose(kernel, device, spec.cost(shape, dtype)[0]))
+
+
+def by_layout(plan: Callable[..., Run]) -> Callable[..., Run]:
+    """Remembers what `plan(tensors, *options)` returned for tensors that look the same.
+
+    The same: shape, strides, dtype, device and place within 16 bytes. So a public function checks its arguments and
+    chooses its launch once for each of those, not at every call; that is more than half of a call's host time.
+    """
+    plans: dict[tuple[object, ...], Run] = {}
+
+    def find(tensors: tuple[Tensor | None, ...], *options: object) -> Run:
+        looks = [x if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15) for x in tensors]
+        key = (*looks, options)
+        found = plans.get(key)
+        if found is None:
+            if len(plans) >= _MAX_PLANS:
+                plans.clear()
+            found = plans[key] = plan(tensors, *options)
+        return found
+
+    return find
+
+
+def nothing(*_: object) -> None:
+    """The plan for tensors without elements."""
 
 
 @cache

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from minisgl.kernels import check
-from minisgl.kernels.nvrtc import ID_CTYPES, Build, Capability, prepare
-from minisgl.kernels.spec import FLOATS, KernelSpec, Run, Shape, Version, launcher, register
+from minisgl.kernels.nvrtc import ID_CTYPES, Build, prepare
+from minisgl.kernels.spec import FLOATS, KernelSpec, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.tuning import Config
 from minisgl.types import KernelError
-
-_SHARED_BYTES = 47 * 1024  # for rows: a block has 48 KiB without asking the driver for more
 
 
 def index(
@@ -38,15 +36,27 @@ def index(
     Raises:
         KernelError: an argument of the wrong shape, dtype, layout or device; it names the argument.
     """
+    _plan((out, table, ids), vocab_len, version, config)(out, table, ids, vocab_start)
+
+
+@by_layout
+def _plan(
+    tensors: tuple[Tensor, Tensor, Tensor], vocab_len: int | None, version: str | None, config: Config | None
+) -> Run:
+    out, table, ids = tensors
     tokens, length = _check(out, table, ids, vocab_len)
     device = check.cuda(out=out, table=table, ids=ids)
     if not out.numel():
-        return
+        return nothing
     size = out.element_size()
     out_stride, table_stride, row_bytes = out.stride(0) * size, table.stride(0) * size, out.shape[1] * size
     vec = check.vector_bytes(out.data_ptr(), table.data_ptr(), out_stride, table_stride, row_bytes)
-    run = launcher("index", device, out.dtype, version, config, tokens, out.shape[1], vec, ids.element_size())
-    run(out.data_ptr(), out_stride, table.data_ptr(), table_stride, ids.data_ptr(), vocab_start, length, tokens)
+    start = launcher("index", device, out.dtype, version, config, tokens, out.shape[1], vec, ids.element_size())
+
+    def run(out: Tensor, table: Tensor, ids: Tensor, first: int) -> None:
+        start(out.data_ptr(), out_stride, table.data_ptr(), table_stride, ids.data_ptr(), first, length, tokens)
+
+    return run
 
 
 def _check(out: Tensor, table: Tensor, ids: Tensor, vocab_len: int | None) -> tuple[int, int]:
@@ -83,23 +93,6 @@ def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     build = _build("v2", row_bytes, shape["vec"], shape["id_bytes"], LANES=lanes, WORK=work)
     blocks = check.num_blocks(shape["tokens"] * pieces * lanes, config.threads)
     return prepare(build, device, blocks, config.threads, config.pdl)
-
-
-def _v3(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
-    row_bytes = shape["width"] * dtype.itemsize
-    work = max(1, min(config.work, _SHARED_BYTES // row_bytes))
-    build = _build("v3", row_bytes, 16, shape["id_bytes"], WORK=work)
-    return prepare(build, device, -(-shape["tokens"] // work), 32, config.pdl)
-
-
-def _bulk_fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
-    if where < (9, 0):
-        return "the bulk copy engine comes with compute capability 9.0"
-    if shape["vec"] != 16:
-        return "rows must be multiples of 16 bytes and aligned to them"
-    if shape["width"] * dtype.itemsize > _SHARED_BYTES:
-        return f"a row must fit {_SHARED_BYTES} bytes of shared memory"
-    return None
 
 
 def _reference(out: Tensor, table: Tensor, ids: Tensor, vocab_start: int = 0, vocab_len: int | None = None) -> None:
@@ -139,7 +132,6 @@ SPEC = register(
         library=_library,
         versions=(
             Version("v2", "cuda", lambda *_: None, _v2, (_build("v2", 8192, 16, 4, LANES=32, WORK=4),)),
-            Version("v3", "cuda", _bulk_fits, _v3, (_build("v3", 8192, 16, 8, WORK=2),)),
             Version("v1", "cuda", lambda *_: None, _v1, (_build("v1", 8192, 16, 4, SPLITS=4),)),
         ),
         sizes=("tokens", "width", "vec", "id_bytes"),

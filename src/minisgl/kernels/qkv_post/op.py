@@ -10,10 +10,12 @@ from torch import Tensor
 from minisgl.kernels import check
 from minisgl.kernels.nvrtc import CTYPES, ID_CTYPES, Build, prepare
 from minisgl.kernels.rmsnorm.op import floats_only, norm
-from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, launcher, register
+from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.store.op import random_slots
 from minisgl.kernels.tuning import Config
 from minisgl.types import KernelError
+
+_TENSORS = ("qkv", "q_weight", "k_weight", "cos_sin", "positions", "k_cache", "v_cache", "slots", "q_out")
 
 
 def qkv_post(
@@ -50,21 +52,35 @@ def qkv_post(
     Raises:
         KernelError: an argument of the wrong shape, dtype, layout, alignment or device; it names the argument.
     """
-    num_q = _check(qkv, q_weight, k_weight, cos_sin, positions, k_cache, v_cache, slots, q_out)
-    device = check.cuda(qkv=qkv, cos_sin=cos_sin, positions=positions, k_cache=k_cache, v_cache=v_cache, slots=slots)
+    tensors = (qkv, q_weight, k_weight, cos_sin, positions, k_cache, v_cache, slots, q_out)
+    _plan(tensors, version, config)(*tensors, eps)
+
+
+@by_layout
+def _plan(tensors: tuple[Any, ...], version: str | None, config: Config | None) -> Run:
+    num_q = _check(*tensors)
+    qkv, q_weight, _, _, _, k_cache, v_cache, slots, q_out = tensors
+    given = {name: x for name, x in zip(_TENSORS, tensors, strict=True) if x is not None}
+    device = check.cuda(**given)
     tokens, kv_heads, dim = slots.shape[0], k_cache.shape[1], k_cache.shape[2]
     if not tokens:
-        return
-    norm = q_weight is not None and k_weight is not None
-    weights = (q_weight.data_ptr(), k_weight.data_ptr()) if q_weight is not None and k_weight is not None else (0, 0)
-    q = qkv if q_out is None else q_out
-    sizes = (tokens, num_q, kv_heads, dim, int(norm), slots.element_size())
-    run = launcher("qkv_post", device, qkv.dtype, version, config, *sizes)
-    run(
-        qkv.data_ptr(), qkv.stride(0), q.data_ptr(), q.stride(0), *weights, eps,
-        cos_sin.data_ptr(), positions.data_ptr(), k_cache.data_ptr(), k_cache.stride(0),
-        v_cache.data_ptr(), v_cache.stride(0), slots.data_ptr(), k_cache.shape[0], tokens,
-    )  # fmt: skip
+        return nothing
+    sizes = (tokens, num_q, kv_heads, dim, int(q_weight is not None), slots.element_size())
+    start = launcher("qkv_post", device, qkv.dtype, version, config, *sizes)
+    num_slots, row, slot_k, slot_v = k_cache.shape[0], qkv.stride(0), k_cache.stride(0), v_cache.stride(0)
+    q_row = row if q_out is None else q_out.stride(0)
+
+    def run(
+        qkv: Any, qw: Any, kw: Any, cos_sin: Any, positions: Any, k: Any, v: Any, slots: Any, q: Any, eps: float
+    ) -> None:
+        start(
+            qkv.data_ptr(), row, qkv.data_ptr() if q is None else q.data_ptr(), q_row,
+            0 if qw is None else qw.data_ptr(), 0 if kw is None else kw.data_ptr(), eps,
+            cos_sin.data_ptr(), positions.data_ptr(), k.data_ptr(), slot_k, v.data_ptr(), slot_v,
+            slots.data_ptr(), num_slots, tokens,
+        )  # fmt: skip
+
+    return run
 
 
 def _check(
@@ -158,7 +174,7 @@ def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
 
 def _parts(qkv: Tensor, k_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kv = k_cache.shape[1]
-    heads = qkv.view(qkv.shape[0], -1, k_cache.shape[2])
+    heads = qkv.view(qkv.shape[0], qkv.shape[1] // k_cache.shape[2], k_cache.shape[2])
     return heads[:, : -2 * kv], heads[:, -2 * kv : -kv], heads[:, -kv:]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minisgl.kernels import check
 from minisgl.kernels.nvrtc import CTYPES, Build, Capability, prepare
-from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, launcher, register
+from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.tuning import Config
 
 
@@ -35,8 +35,7 @@ def rmsnorm(
     Raises:
         KernelError: an argument of the wrong shape, dtype, layout or device; it names the argument.
     """
-    _check(weight, x=x, out=out)
-    _launch("rmsnorm", x, None, weight, eps, out, version, config)
+    _plan((x, None, weight, out), version, config)(x, None, weight, eps, out)
 
 
 def add_rmsnorm(
@@ -53,12 +52,15 @@ def add_rmsnorm(
 
     Arguments and errors as for `rmsnorm`; `residual` [T, H] is updated in place.
     """
-    _check(weight, x=x, residual=residual, out=out)
-    _launch("add_rmsnorm", x, residual, weight, eps, out, version, config)
+    _plan((x, residual, weight, out), version, config)(x, residual, weight, eps, out)
 
 
-def _check(weight: Tensor, **matrices: Tensor) -> None:
-    x = matrices["x"]
+@by_layout
+def _plan(tensors: tuple[Any, ...], version: str | None, config: Config | None) -> Run:
+    x, residual, weight, out = tensors
+    matrices: dict[str, Tensor] = (
+        {"x": x, "out": out} if residual is None else {"x": x, "residual": residual, "out": out}
+    )
     check.dims("x", x, 2, "[T, H]")
     check.shape("weight", weight, (x.shape[1],))
     check.contiguous("weight", weight)
@@ -67,27 +69,15 @@ def _check(weight: Tensor, **matrices: Tensor) -> None:
         check.shape(name, y, (x.shape[0], x.shape[1]))
         check.dtype(name, y, (x.dtype,))
         check.rows(name, y)
-    check.cuda(weight=weight, **matrices)
-
-
-def _launch(
-    name: str,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    out: Tensor,
-    version: str | None,
-    config: Config | None,
-) -> None:
+    device = check.cuda(weight=weight, **matrices)
     if not x.numel():
-        return
+        return nothing
     size = x.element_size()
     places = [weight.data_ptr(), x.shape[1] * size]
-    for y in (x, out) if residual is None else (x, out, residual):
+    for y in matrices.values():
         places += [y.data_ptr(), y.stride(0) * size]
-    sizes = (x.shape[0], x.shape[1], check.vector_bytes(*places) // size)
-    launcher(name, x.get_device(), x.dtype, version, config, *sizes)(x, residual, weight, eps, out)
+    kernel = "rmsnorm" if residual is None else "add_rmsnorm"
+    return launcher(kernel, device, x.dtype, version, config, *x.shape, check.vector_bytes(*places) // size)
 
 
 def floats_only(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
@@ -206,7 +196,7 @@ def _spec(name: str, add: int) -> KernelSpec:
             (shape["tokens"] * (2 + 2 * add) + 1) * shape["width"] * dtype.itemsize,
             shape["tokens"] * shape["width"] * (4 + add),
         ),
-        tolerance={torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
+        tolerance={torch.float32: 2e-6, torch.bfloat16: (1 + add) * 4e-3, torch.float16: (1 + add) * 5e-4},  # roundings
         cases=tuple({"tokens": t, "width": w, "pad": p} for t, w, p in sizes),
         bench=tuple({"tokens": n, "width": 1024} for n in (1, 64, 256, 1024, 4096, 16384)),
         tunable=tuple({"tokens": 4**n, "width": 1024} for n in range(8)),

@@ -11,7 +11,7 @@ from minisgl.kernels import check
 from minisgl.kernels.nvrtc import CTYPES, Build, prepare
 from minisgl.kernels.qkv_post.op import check_angles, head_lanes, random_angles, rotate
 from minisgl.kernels.rmsnorm.op import floats_only, triton_fits
-from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, launcher, register
+from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.tuning import Config
 from minisgl.types import KernelError
 
@@ -36,6 +36,12 @@ def rope(
     Raises:
         KernelError: an argument of the wrong shape, dtype, layout, alignment or device; it names the argument.
     """
+    _plan((q, k, cos_sin, positions), version, config)(q, k, cos_sin, positions)
+
+
+@by_layout
+def _plan(tensors: tuple[Tensor, ...], version: str | None, config: Config | None) -> Run:
+    q, k, cos_sin, positions = tensors
     check.dims("q", q, 3, "[T, Hq, D]")
     check.dims("k", k, 3, "[T, Hkv, D]")
     tokens, heads, dim = q.shape
@@ -48,8 +54,7 @@ def rope(
         check.aligned(name, x, 4 * x.element_size())
     check_angles(cos_sin, positions, tokens, dim)
     device = check.cuda(q=q, k=k, cos_sin=cos_sin, positions=positions)
-    if tokens:
-        launcher("rope", device, q.dtype, version, config, tokens, heads, k.shape[1], dim)(q, k, cos_sin, positions)
+    return launcher("rope", device, q.dtype, version, config, tokens, heads, k.shape[1], dim) if tokens else nothing
 
 
 def _build(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, work: int) -> Build:

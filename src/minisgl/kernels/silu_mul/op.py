@@ -10,7 +10,7 @@ from torch import Tensor
 from minisgl.kernels import check
 from minisgl.kernels.nvrtc import CTYPES, Build, prepare
 from minisgl.kernels.rmsnorm.op import floats_only, triton_fits
-from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, launcher, register
+from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.tuning import Config
 from minisgl.types import KernelError
 
@@ -25,6 +25,12 @@ def silu_mul(gate_up: Tensor, out: Tensor, *, version: str | None = None, config
     Raises:
         KernelError: an argument of the wrong shape, dtype, layout or device; it names the argument.
     """
+    _plan((gate_up, out), version, config)(gate_up, out)
+
+
+@by_layout
+def _plan(tensors: tuple[Tensor, Tensor], version: str | None, config: Config | None) -> Run:
+    gate_up, out = tensors
     check.dims("gate_up", gate_up, 2, "[T, 2I]")
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
     if gate_up.shape[1] % 2:
@@ -35,11 +41,11 @@ def silu_mul(gate_up: Tensor, out: Tensor, *, version: str | None = None, config
     check.rows("out", out)
     device = check.cuda(gate_up=gate_up, out=out)
     if not out.numel():
-        return
+        return nothing
     size = out.element_size()
     places = (gate_up.data_ptr(), gate_up.stride(0) * size, out.data_ptr(), out.stride(0) * size, columns * size)
     vec = check.vector_bytes(*places) // size
-    launcher("silu_mul", device, out.dtype, version, config, rows, columns, vec)(gate_up, out)
+    return launcher("silu_mul", device, out.dtype, version, config, rows, columns, vec)
 
 
 def _build(dtype: torch.dtype, columns: int, vec: int, work: int) -> Build:

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from minisgl.kernels import check
-from minisgl.kernels.nvrtc import ID_CTYPES, Build, Capability, prepare
-from minisgl.kernels.spec import FLOATS, KernelSpec, Run, Shape, Version, launcher, register
+from minisgl.kernels.nvrtc import ID_CTYPES, Build, prepare
+from minisgl.kernels.spec import FLOATS, KernelSpec, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.tuning import Config
-
-_SHARED_BYTES = 47 * 1024  # for rows: a block has 48 KiB without asking the driver for more
 
 
 def store(
@@ -35,17 +33,27 @@ def store(
     Raises:
         KernelError: an argument of the wrong shape, dtype, layout or device; it names the argument.
     """
+    _plan((k_cache, v_cache, k, v, slots), version, config)(k_cache, v_cache, k, v, slots)
+
+
+@by_layout
+def _plan(tensors: tuple[Tensor, ...], version: str | None, config: Config | None) -> Run:
+    k_cache, v_cache, k, v, slots = tensors
     _check(k_cache, v_cache, k, v, slots)
     device = check.cuda(k_cache=k_cache, v_cache=v_cache, k=k, v=v, slots=slots)
     if not k.numel():
-        return
-    size = k.element_size()
-    places = []
-    for x in (k_cache, v_cache, k, v):
-        places += [x.data_ptr(), x.stride(0) * size]
-    vec = check.vector_bytes(*places, k.shape[1] * k.shape[2] * size)
-    run = launcher("store", device, k.dtype, version, config, *k.shape, vec, slots.element_size())
-    run(*places, slots.data_ptr(), k_cache.shape[0], k.shape[0])
+        return nothing
+    size, tokens, num_slots = k.element_size(), k.shape[0], k_cache.shape[0]
+    strides = [x.stride(0) * size for x in tensors[:4]]
+    vec = check.vector_bytes(*strides, *(x.data_ptr() for x in tensors[:4]), k.shape[1] * k.shape[2] * size)
+    start = launcher("store", device, k.dtype, version, config, *k.shape, vec, slots.element_size())
+    kc, vc, ks, vs = strides
+
+    def run(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        caches = k_cache.data_ptr(), kc, v_cache.data_ptr(), vc
+        start(*caches, k.data_ptr(), ks, v.data_ptr(), vs, slots.data_ptr(), num_slots, tokens)
+
+    return run
 
 
 def _check(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -81,23 +89,6 @@ def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     build = _build("v2", row_bytes, shape["vec"], shape["id_bytes"], LANES=lanes, WORK=work)
     blocks = check.num_blocks(shape["tokens"] * 2 * pieces * lanes, config.threads)
     return prepare(build, device, blocks, config.threads, config.pdl)
-
-
-def _v3(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
-    row_bytes = _row_bytes(dtype, shape)
-    work = max(1, min(config.work, _SHARED_BYTES // (2 * row_bytes)))
-    build = _build("v3", row_bytes, 16, shape["id_bytes"], WORK=work)
-    return prepare(build, device, -(-shape["tokens"] // work), 32, config.pdl)
-
-
-def _bulk_fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
-    if where < (9, 0):
-        return "the bulk copy engine comes with compute capability 9.0"
-    if shape["vec"] != 16:
-        return "rows must be multiples of 16 bytes and aligned to them"
-    if 2 * _row_bytes(dtype, shape) > _SHARED_BYTES:
-        return f"a key and a value row must fit {_SHARED_BYTES} bytes of shared memory"
-    return None
 
 
 def _reference(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -146,7 +137,6 @@ SPEC = register(
         library=_library,
         versions=(
             Version("v2", "cuda", lambda *_: None, _v2, (_build("v2", 2048, 16, 8, LANES=32, WORK=2),)),
-            Version("v3", "cuda", _bulk_fits, _v3, (_build("v3", 2048, 16, 4, WORK=2),)),
             Version("v1", "cuda", lambda *_: None, _v1, (_build("v1", 2048, 16, 8),)),
         ),
         sizes=("tokens", "heads", "head_dim", "vec", "id_bytes"),
