@@ -2,10 +2,12 @@
 
     python benchmarks/bench_kernels.py [--kernels index,store] [--versions all] [--dtype bfloat16] [--no-save]
 
-Times are per call from the replay of a CUDA graph over rotated inputs that together exceed the L2 cache (cold rows).
-The ceilings come first, measured in the same run: an empty kernel (launch latency, with and without programmatic
-dependent launch), a large copy (HBM), a copy within the L2 cache. A row's limit is the largest of launch latency,
-bytes / HBM bandwidth and operations / peak rate; the fraction is that over the time measured.
+Times are per call from the replay of a CUDA graph over sets of arguments in rotation, twice: over so many that they
+exceed the L2 cache three times (cold), and over eight (x8), which small calls find in the L2 cache as they do in an
+engine, where the kernel before has just written them. The ceilings come first, measured in the same run: an empty
+kernel (launch latency, with and without programmatic dependent launch), a large copy (HBM), a copy within the L2 cache.
+A row's limit is the largest of launch latency, bytes / bandwidth and operations / peak rate; the fraction is that over
+the time measured.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from minisgl.kernels import spec as spec_module
 from minisgl.kernels.nvrtc import Build
 from minisgl.kernels.spec import KernelSpec, Shape, registry
 from minisgl.kernels.tuning import Config, choose
-from minisgl.profiling.replay import cold_inputs, replay_us
+from minisgl.profiling.replay import cold_copies, replay_us, rotated_inputs
 
 MEGABYTE = 1 << 20
 
@@ -68,44 +70,52 @@ def variants(spec: KernelSpec, which: str) -> list[tuple[str, dict[str, Any]]]:
     return [*runs, (f"{spec.versions[0].name} no pdl", {"pdl": False})]
 
 
+def bounds(num_bytes: int, flops: int, ceilings: dict[str, float], warm: bool) -> dict[str, float]:
+    """Microseconds that each limit of the hardware asks for."""
+    memory = ("L2", "l2_gbps") if warm else ("HBM", "hbm_gbps")
+    return {
+        "launch": ceilings["launch_pdl_us"],
+        memory[0]: num_bytes / ceilings[memory[1]] / 1e3,
+        "compute": flops / ceilings["fp32_tflops"] / 1e6,
+    }
+
+
 def bench_shape(
-    spec: KernelSpec, shape: Shape, dtype: torch.dtype, which: str, ceilings: dict[str, float]
-) -> list[Any]:
-    inputs = cold_inputs(spec, shape, dtype)
+    spec: KernelSpec, shape: Shape, dtype: torch.dtype, which: str, ceilings: dict[str, float], copies: int
+) -> list[dict[str, Any]]:
+    """A row for torch and each variant, over `copies` sets of arguments in rotation."""
+    inputs = rotated_inputs(spec, shape, dtype, copies)
     num_bytes, flops = spec.cost(shape, dtype)
+    warm = copies * num_bytes < torch.cuda.get_device_properties(0).L2_cache_size
+    limits = bounds(num_bytes, flops, ceilings, warm)
+    limit = max(limits, key=limits.__getitem__)
     rows = []
     for name, options in [("torch", {}), *variants(spec, which)]:
         function: Callable[..., Any] = spec.library if name == "torch" else spec.run
         if not options.pop("pdl", True):
             tuned = choose(spec.name, 0, num_bytes)
             options["config"] = Config(tuned.threads, tuned.work, pdl=False)
-        times = spread(replay_us([lambda a=a, f=function, o=options: f(*a, **o) for a in inputs]))
-        bounds = {
-            "launch": ceilings["launch_pdl_us"],
-            "HBM": num_bytes / ceilings["hbm_gbps"] / 1e3,
-            "compute": flops / ceilings["fp32_tflops"] / 1e6,
-        }
-        limit = max(bounds, key=bounds.__getitem__)
+        us = spread(replay_us([lambda a=a, f=function, o=options: f(*a, **o) for a in inputs]))
         rows.append(
             {
                 "kernel": spec.name,
                 "version": name,
                 "shape": shape,
                 "dtype": str(dtype).removeprefix("torch."),
-                "copies": len(inputs),
-                "us": times,
-                "gbps": num_bytes / times["median"] / 1e3,
+                "copies": copies,
+                "us": us,
+                "gbps": num_bytes / us["median"] / 1e3,
                 "limit": limit,
-                "fraction": bounds[limit] / times["median"],
+                "fraction": limits[limit] / us["median"],
             }
         )
     return rows
 
 
 def show(row: dict[str, Any]) -> None:
-    us = row["us"]
+    us, size = row["us"], next(iter(row["shape"].values()))
     print(
-        f"{row['kernel']:12} {row['shape']['tokens']:6} {row['version']:12} {us['median']:9.2f} µs "
+        f"{row['kernel']:12} {size:6} {row['version']:10} x{row['copies']:<5} {us['median']:9.2f} µs "
         f"({us['p10']:.2f}-{us['p90']:.2f}) {row['gbps']:7.0f} GB/s  {row['fraction']:4.0%} of {row['limit']}"
     )
 
@@ -128,7 +138,7 @@ def bench_host(specs: list[KernelSpec], dtype: torch.dtype) -> dict[str, Any]:
     source = str(Path(__file__).with_name("empty.cu").resolve())
     out["prepared, no arguments"] = host_us(nvrtc.prepare(Build.of(source, "empty"), 0, 1, 32, True))
     for spec in specs:
-        args = cold_inputs(spec, spec.bench[0], dtype, most=1)[0]
+        args = rotated_inputs(spec, spec.bench[0], dtype, 1)[0]
         for version in spec.versions:
             out[f"{spec.name} {version.name}"] = host_us(lambda a=args, s=spec, v=version.name: s.run(*a, version=v))
         out[f"{spec.name} torch"] = host_us(lambda a=args, s=spec: s.library(*a))
@@ -143,7 +153,7 @@ def bench_compile(specs: list[KernelSpec], dtype: torch.dtype) -> dict[str, floa
     import tempfile
 
     seconds = {}
-    inputs = [(s, cold_inputs(s, shape, dtype, most=1)[0]) for s in specs for shape in s.bench]
+    inputs = [(s, rotated_inputs(s, shape, dtype, 1)[0]) for s in specs for shape in s.bench]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MINISGL_CACHE"] = folder
         for name in ("first compile", "from cache"):
@@ -164,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", help="names, with commas between (default: all)")
     parser.add_argument("--versions", choices=("best", "all"), default="all")
-    parser.add_argument("--tokens", help="sizes, with commas between (default: the kernel's own)")
+    parser.add_argument("--tokens", help="rows, with commas between (default: the kernel's own)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--no-host", action="store_true", help="leave out host and compile times")
     parser.add_argument("--no-save", action="store_true", help="don't append to results/kernels.jsonl")
@@ -180,11 +190,12 @@ def main() -> None:
     record["rows"] = []
     for spec in specs:
         for shape in spec.bench:
-            if args.tokens and str(shape["tokens"]) not in args.tokens.split(","):
+            if args.tokens and str(next(iter(shape.values()))) not in args.tokens.split(","):
                 continue
-            for row in bench_shape(spec, shape, dtype, args.versions, record["ceilings"]):
-                show(row)
-                record["rows"].append(row)
+            for copies in dict.fromkeys((cold_copies(spec, shape, dtype), 8)):
+                for row in bench_shape(spec, shape, dtype, args.versions, record["ceilings"], copies):
+                    show(row)
+                    record["rows"].append(row)
     if not args.no_save:
         append_line("kernels.jsonl", record)
 

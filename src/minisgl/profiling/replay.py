@@ -11,31 +11,50 @@ from minisgl.hardware import detect
 from minisgl.kernels.spec import KernelSpec, Shape
 
 
-def replay_us(calls: Sequence[Callable[[], object]], samples: int = 15) -> list[float]:
-    """Microseconds a call, for each of `samples` replays of a graph that holds all of `calls` in a row."""
-    calls[0]()  # compiles and allocates what a capture must not
+LONG_ENOUGH_US = 2000.0  # a replay costs a few microseconds by itself
+MOST_CALLS = 4096
+
+
+def _graph(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    return graph
+
+
+def _time_us(graph: torch.cuda.CUDAGraph) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    times = []
-    for _ in range(samples + 2):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return times[2:]
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
 
 
-def cold_inputs(spec: KernelSpec, shape: Shape, dtype: torch.dtype, most: int = 4096) -> list[tuple[Any, ...]]:
-    """Arguments of as many calls as together move three times the L2 cache, so that none finds its own there.
+def replay_us(calls: Sequence[Callable[[], object]], samples: int = 15) -> list[float]:
+    """Microseconds a call, for each of `samples` replays of a graph of all `calls` in a row, over again if need be."""
+    calls[0]()  # compiles and allocates what a capture must not
+    graph = _graph(calls)
+    _time_us(graph)
+    wanted = int(LONG_ENOUGH_US / _time_us(graph)) + 1
+    repeats = max(min(wanted, MOST_CALLS // len(calls)), 1)
+    if repeats > 1:
+        graph = _graph([*calls] * repeats)
+    return [_time_us(graph) / (len(calls) * repeats) for _ in range(samples + 2)][2:]
+
+
+def cold_copies(spec: KernelSpec, shape: Shape, dtype: torch.dtype, most: int = 4096) -> int:
+    """How many sets of arguments together move three times the L2 cache, so that no call finds its own data there.
 
     At most `most`, for a graph of bearable size: below 40 kB a call, a part of the data may be warm.
     """
     hardware = detect().cuda
     assert hardware is not None
-    copies = min(max(-(-3 * hardware.l2_bytes // spec.cost(shape, dtype)[0]), 4), most)
+    return min(max(-(-3 * hardware.l2_bytes // spec.cost(shape, dtype)[0]), 4), most)
+
+
+def rotated_inputs(spec: KernelSpec, shape: Shape, dtype: torch.dtype, copies: int) -> list[tuple[Any, ...]]:
+    """That many sets of random arguments on the GPU."""
     device = torch.device("cuda")
     return spec.inputs(shape, dtype, device, torch.Generator(device).manual_seed(0), copies)

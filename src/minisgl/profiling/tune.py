@@ -13,7 +13,7 @@ import torch
 from minisgl.hardware import detect
 from minisgl.kernels.spec import KernelSpec, Shape, registry
 from minisgl.kernels.tuning import Config, bucket, table_paths
-from minisgl.profiling.replay import cold_inputs, replay_us
+from minisgl.profiling.replay import cold_copies, replay_us, rotated_inputs
 from minisgl.types import KernelError
 
 DTYPE = torch.bfloat16
@@ -28,7 +28,7 @@ def best_config(timed: Iterable[tuple[Config, float]], margin: float = 0.01) -> 
 
 def measure(spec: KernelSpec, shape: Shape) -> list[tuple[Config, float]]:
     """Median microseconds a call under each configuration."""
-    inputs = cold_inputs(spec, shape, DTYPE, most=1024)
+    inputs = rotated_inputs(spec, shape, DTYPE, cold_copies(spec, shape, DTYPE, most=1024))
     timed = []
     for config in spec.configs:
         calls = [lambda args=args, c=config: spec.run(*args, config=c) for args in inputs]
