@@ -10,7 +10,6 @@ import torch
 from minisgl.hardware import detect
 from minisgl.kernels.spec import KernelSpec, Shape
 
-
 LONG_ENOUGH_US = 2000.0  # a replay costs a few microseconds by itself
 MOST_CALLS = 4096
 
@@ -29,7 +28,7 @@ def _time_us(graph: torch.cuda.CUDAGraph) -> float:
     graph.replay()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e3
+    return float(start.elapsed_time(end)) * 1e3
 
 
 def replay_us(calls: Sequence[Callable[[], object]], samples: int = 15) -> list[float]:
