@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from minisgl.config import DEFAULT_MODEL, EngineConfig
 from minisgl.engine.engine import Engine
@@ -17,6 +21,8 @@ from minisgl.types import Completion, RequestError, RequestOutput, SamplingParam
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
+Key = TypeVar("Key")
+MIN_IN_FLIGHT = 256  # requests that `run` keeps in the engine at least, so that one is always ready to start
 
 
 class LLM:
@@ -25,7 +31,8 @@ class LLM:
         llm = LLM("smollm2")
         print(llm.generate("The capital of France is", SamplingParams(max_tokens=8))[0].text)
 
-    Calls may be nested (a `stream` half read while `generate` runs) but not made from several threads.
+    Calls may be nested (a `stream` half read while `generate` runs) but not made from several threads. Ctrl-C takes
+    effect between steps: what was under way is ended, and the next call finds everything in order.
 
     Args:
         model: see `minisgl --help`: an alias, a folder, a .gguf file or a hub id.
@@ -40,7 +47,7 @@ class LLM:
         self.text = load_text(path)
         self.engine = Engine(EngineConfig(model=str(path), **options))
         self._output = OutputProcessor(self.text.tokenizer)
-        self._inbox: dict[str, deque[TextDelta]] = {}  # what requests under way gained and nobody read yet
+        self._inbox: dict[str, Callable[[TextDelta], object]] = {}  # who takes what a request under way gains
         self._ids = count()
 
     @property
@@ -66,24 +73,52 @@ class LLM:
             RequestError: a prompt or parameter can't be served; nothing was generated.
         """
         many = _as_prompts(prompts)
-        params = _one_each(sampling_params, len(many))
-        ids: list[list[str]] = []
+        jobs: list[_Job] = []
         try:
-            prompt_ids = [self._encode(p) for p in many]
-            for tokens, one in zip(prompt_ids, params, strict=True):
-                ids.append([])
-                for k in range(one.n):
-                    ids[-1].append(self._add(tokens, _nth(one, k)))
-            results = []
-            for prompt, tokens, group, one in zip(many, prompt_ids, ids, params, strict=True):
-                completions = [self._complete(id, k, one.logprobs) for k, id in enumerate(group)]
-                text = prompt if isinstance(prompt, str) else None
-                cached = max(cached for _, cached in completions)
-                results.append(RequestOutput(text, list(tokens), [c for c, _ in completions], cached))
-            return results
+            for prompt, params in zip(many, _one_each(sampling_params, len(many)), strict=True):
+                jobs.append(self._start(prompt, params, []))
+            for job in jobs:
+                while job.num_open:
+                    self._step()
+            return [job.result for job in jobs]
         finally:
-            for group in ids:
-                self._abandon(group)
+            for job in jobs:
+                self._abandon(job.ids)
+
+    def run(
+        self, requests: Iterable[tuple[Key, Prompt | Messages, SamplingParams | None]], max_in_flight: int | None = None
+    ) -> Iterator[tuple[Key, RequestOutput | RequestError]]:
+        """Serves any number of requests, and yields each one's result as soon as it is there.
+
+        Args:
+            requests: key (handed back with the result), prompt or conversation, parameters. Taken from the iterable
+                as room comes free: it may be endless, or be made while this runs.
+            max_in_flight: requests under way; by default twice what the engine computes at a time, at least 256.
+
+        Yields:
+            (key, result), in the order of completion. What can't be served yields its RequestError as the result.
+        """
+        limit = max_in_flight or max(MIN_IN_FLIGHT, 2 * (self.engine.config.max_running or 0))
+        source = iter(requests)
+        running: dict[_Job, Key] = {}
+        ended: list[_Job] = []
+        try:
+            while True:
+                while len(running) < limit and (request := next(source, None)) is not None:
+                    key, prompt, params = request
+                    try:
+                        running[self._start(prompt, params or SamplingParams(), ended)] = key
+                    except RequestError as error:
+                        yield key, error
+                if not running:
+                    return
+                self._step()
+                while ended:
+                    job = ended.pop(0)
+                    yield running.pop(job), job.result
+        finally:
+            for job in running:
+                self._abandon(job.ids)
 
     def chat(
         self,
@@ -106,7 +141,7 @@ class LLM:
 
     def stream(
         self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None, **template_options: Any
-    ) -> Iterator[TextDelta]:
+    ) -> Generator[TextDelta]:
         """Generates piece by piece; `prompt` is a text, token ids or a conversation. Closing it ends the request.
 
         Raises:
@@ -115,16 +150,21 @@ class LLM:
         params = sampling_params or SamplingParams()
         if params.n != 1:
             raise RequestError(f"n is {params.n}; a stream has one answer", "n")
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            prompt = self._render(prompt, template_options)  # type: ignore[arg-type]
-        request_id = self._add(self._encode(prompt), params)  # type: ignore[arg-type]
-        return self._stream(request_id)
+        deltas: deque[TextDelta] = deque()
+        stream = self._stream(self._add(self._tokens(prompt, template_options), params, deltas.append), deltas)
+        next(stream)  # from here on closing it ends the request, whether it was read or not
+        return stream
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _stream(self, request_id: str) -> Iterator[TextDelta]:
+    def _stream(self, request_id: str, deltas: deque[TextDelta]) -> Generator[TextDelta]:
+        """What a request gains, after a first empty piece; runs the engine, for everybody, when there is nothing."""
         try:
-            yield from self._deltas(request_id)
+            yield (delta := TextDelta(request_id))
+            while delta.finish_reason is None:
+                while not deltas:
+                    self._step()
+                yield (delta := deltas.popleft())
         finally:
             self._abandon([request_id])
 
@@ -137,61 +177,99 @@ class LLM:
             return list(prompt)
         return self.text.require_tokenizer().encode(prompt, add_special_tokens=add_special_tokens)
 
-    def _add(self, tokens: Sequence[int], params: SamplingParams) -> str:
+    def _tokens(self, prompt: Prompt | Messages, template_options: dict[str, Any]) -> list[int]:
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            return self._render(prompt, template_options)  # type: ignore[arg-type]
+        return self._encode(prompt)  # type: ignore[arg-type]
+
+    def _start(self, prompt: Prompt | Messages, params: SamplingParams, ended: list[_Job]) -> _Job:
+        tokens = self._tokens(prompt, {})
+        answers = [Completion(k, logprobs=[] if params.logprobs else None) for k in range(params.n)]
+        job = _Job(RequestOutput(prompt if isinstance(prompt, str) else None, tokens, answers), ended, params.n)
+        try:
+            for answer in answers:
+                job.ids.append(self._add(tokens, _nth(params, answer.index), partial(job.take, answer)))
+        except BaseException:
+            self._abandon(job.ids)
+            raise
+        return job
+
+    def _add(self, tokens: Sequence[int], params: SamplingParams, take: Callable[[TextDelta], object]) -> str:
         request_id = str(next(self._ids))
         params = params.resolve(self.text.generation.sampling, self.text.generation.eos_token_ids)
         try:
             prompt = array("i", tokens)
         except (OverflowError, TypeError) as e:
             raise RequestError(f"a prompt of token ids has something that is no token id: {e}", "prompt") from None
-        self._output.add(request_id, prompt, params)
         try:
-            self.engine.add(request_id, prompt, params)
-        except RequestError:
-            self._output.abort(request_id)
+            with _ctrl_c_waits():
+                self._inbox[request_id] = take
+                self._output.add(request_id, prompt, params)
+                self.engine.add(request_id, prompt, params)
+        except BaseException:
+            self._abandon([request_id])
             raise
-        self._inbox[request_id] = deque()
         return request_id
 
-    def _deltas(self, request_id: str) -> Iterator[TextDelta]:
-        """What a request gains, until its terminal delta; runs the engine, for everybody, when there is nothing."""
-        inbox = self._inbox[request_id]
-        while True:
-            while not inbox:
-                self._step()
-            delta = inbox.popleft()
-            yield delta
-            if delta.finish_reason is not None:
-                return
-
     def _step(self) -> None:
-        deltas, finished = self._output.process(self.engine.step())
-        for request_id in finished:
-            self.engine.finish(request_id)
-        for delta in deltas:
-            if delta.request_id in self._inbox:
-                self._inbox[delta.request_id].append(delta)
-
-    def _complete(self, request_id: str, index: int, logprobs: bool) -> tuple[Completion, int]:
-        result = Completion(index, logprobs=[] if logprobs else None)
-        pieces, cached = [], 0
-        for delta in self._deltas(request_id):
-            pieces.append(delta.text)
-            result.token_ids += delta.token_ids
-            if result.logprobs is not None:
-                result.logprobs += delta.logprobs
-            result.finish_reason, result.stop_reason = delta.finish_reason, delta.stop_reason
-            result.error = delta.error
-            cached = max(cached, delta.num_cached)
-        result.text = "".join(pieces)
-        return result, cached
+        with _ctrl_c_waits():
+            deltas, finished = self._output.process(self.engine.step())
+            for request_id in finished:
+                self.engine.finish(request_id)
+            for delta in deltas:
+                take = self._inbox.get if delta.finish_reason is None else self._inbox.pop
+                take(delta.request_id, _nobody)(delta)
 
     def _abandon(self, request_ids: Sequence[str]) -> None:
         """Forgets requests; those still running are ended."""
-        for request_id in request_ids:
-            if self._inbox.pop(request_id, None) is not None:
-                self._output.abort(request_id)
-                self.engine.abort(request_id)
+        with _ctrl_c_waits():
+            for request_id in request_ids:
+                if self._inbox.pop(request_id, None) is not None:
+                    self._output.abort(request_id)
+                    self.engine.abort(request_id)
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A prompt under way: its result so far. With the end of its last answer it joins the list `ended`."""
+
+    result: RequestOutput
+    ended: list[_Job]
+    num_open: int
+    ids: list[str] = field(default_factory=list)  # of its requests, one an answer
+
+    def take(self, answer: Completion, delta: TextDelta) -> None:
+        answer.text += delta.text
+        answer.token_ids += delta.token_ids
+        if answer.logprobs is not None:
+            answer.logprobs += delta.logprobs
+        answer.finish_reason, answer.stop_reason, answer.error = delta.finish_reason, delta.stop_reason, delta.error
+        self.result.num_cached = max(self.result.num_cached, delta.num_cached)
+        if delta.finish_reason is not None:
+            self.num_open -= 1
+            if not self.num_open:
+                self.ended.append(self)
+
+
+def _nobody(delta: TextDelta) -> None:
+    """Takes what an abandoned request still gained."""
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Holds SIGINT back: an exception in the middle of a step would leave the engine half way."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *event: held.append(event))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if held:
+        handler(*held[0])
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
