@@ -52,6 +52,7 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     finish: FinishReason | None = None
     error: str | None = None
     num_cached: int = 0  # prompt tokens served from the prefix cache
+    prompt_logprobs: list[TokenLogprob] = []  # with the request's first output: prompt positions 1 to the last
 
 
 class EngineStats(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -98,6 +98,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False  # the log-probability of every output token
     top_logprobs: int = 0  # and of this many most likely ones beside it
+    prompt_logprobs: bool = False  # those of the prompt's tokens as well, `top_logprobs` beside each
     n: int = 1
     skip_special_tokens: bool = True
 
@@ -164,6 +165,13 @@ class SamplingParams:
         stop_ids = tuple(dict.fromkeys(self.stop_token_ids + extra))
         return replace(self, stop_token_ids=stop_ids, **filled)
 
+    def nth(self, k: int) -> SamplingParams:
+        """The parameters of answer `k` of `n`: with a seed, each answer has its own (it wraps within 64 bits)."""
+        if self.n == 1:
+            return self
+        seed = None if self.seed is None else (self.seed + k + 2**63) % 2**64 - 2**63
+        return replace(self, n=1, seed=seed)
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
@@ -219,7 +227,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability of one output token under the raw logits, before temperature and penalties."""
+    """Log-probability of one token under the raw logits, before temperature and penalties."""
 
     token_id: int
     logprob: float
@@ -234,6 +242,7 @@ class TextDelta:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of all prompt tokens but the first; once
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id that ended it
     error: str | None = None

@@ -106,6 +106,7 @@ class _Stream:
             text,
             token_ids=list(output.tokens[:counted]),
             logprobs=list(output.logprobs[:counted]),
+            prompt_logprobs=output.prompt_logprobs,
             finish_reason=output.finish if stop is None else FinishReason.STOP,
             stop_reason=stop_id if stop is None else stop,
             error=output.error,
