@@ -35,6 +35,8 @@ class EngineConfig:
     prefix_cache: bool = True
     overlap: bool = True  # schedule and launch a step while the one before it runs
     attention: str = "auto"
+    cuda_graph: bool = True  # replay decode steps as CUDA graphs, where there is a GPU
+    cuda_graph_max_batch: int | None = None  # requests in the largest graph; None: max_running
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, expected: str) -> None:
@@ -47,7 +49,7 @@ class EngineConfig:
         need(1 <= self.page_size <= 1024, "page_size", "1 to 1024 tokens")
         need(0 < self.mem_fraction <= 1, "mem_fraction", "a number above 0, up to 1")
         need(self.tp_size >= 1, "tp_size", "at least 1")
-        for name in ("num_pages", "max_model_len", "max_running", "max_batched_tokens"):
+        for name in ("num_pages", "max_model_len", "max_running", "max_batched_tokens", "cuda_graph_max_batch"):
             value = getattr(self, name)
             need(value is None or value >= 1, name, "at least 1")
 

@@ -7,19 +7,35 @@ from array import array
 import pytest
 import torch
 
-from minisgl.engine.noise import gumbel_noise, philox
-from minisgl.engine.sampler import RowState, filter_logits, sample
+from minisgl.engine.sampler import RowState, SampledTokens, filter_logits, sample
+from minisgl.engine.state import RowParams, param_words
+from minisgl.kernels.sample.noise import gumbel_noise, philox
 from minisgl.types import Request, SamplingParams
 
 CPU = torch.device("cpu")
 VOCAB = 211
 
 
-def row(prompt: list[int] | None = None, output: list[int] | None = None, seed: int = 0, **params: object) -> RowState:
+class Row:
+    """A request's state as the sampler wants it."""
+
+    def __init__(self, request: Request, seed: int) -> None:
+        self.state = RowState(request, VOCAB, CPU)
+        self.edit, self.append = self.state.edit, self.state.append
+        words = param_words(request, seed if request.params.seed is None else request.params.seed)
+        self.words = torch.from_numpy(words)
+
+
+def draw(logits: torch.Tensor, rows: list[Row], index: list[int]) -> SampledTokens:
+    params = RowParams(torch.stack([r.words for r in rows]))
+    return sample(logits, [r.state for r in rows], params, torch.tensor(index), index)
+
+
+def row(prompt: list[int] | None = None, output: list[int] | None = None, seed: int = 0, **params: object) -> Row:
     resolved = SamplingParams(**params).resolve({}, [])
     request = Request("r", array("i", prompt or [1]), resolved)
     request.tokens.extend(output or [])
-    return RowState(request, seed, VOCAB, CPU)
+    return Row(request, seed)
 
 
 def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -68,7 +84,7 @@ def test_sample_follows_the_softmax() -> None:
 def test_sample_is_greedy_at_temperature_zero() -> None:
     logits = random_logits(3)
     rows = [row(temperature=0.0), row(temperature=1.0, seed=3), row(temperature=0.0, top_k=5)]
-    tokens = sample(logits, rows, [0, 0, 0]).tokens
+    tokens = draw(logits, rows, [0, 0, 0]).tokens
     assert tokens[0] == logits[0].argmax() and tokens[2] == logits[2].argmax()
 
 
@@ -80,7 +96,7 @@ def test_sample_doesn_t_depend_on_the_batch() -> None:
         row(temperature=1.3, top_k=7, top_p=0.8, seed=5),
         row(temperature=0.7, min_p=0.1, repetition_penalty=1.2, prompt=[3, 4], seed=8),
     ]
-    together = sample(logits, rows, [2, 0, 5, 1]).tokens
+    together = draw(logits, rows, [2, 0, 5, 1]).tokens
     again = [
         row(temperature=0.9, seed=11),
         row(temperature=0.0),
@@ -88,12 +104,12 @@ def test_sample_doesn_t_depend_on_the_batch() -> None:
         row(temperature=0.7, min_p=0.1, repetition_penalty=1.2, prompt=[3, 4], seed=8),
     ]
     for i, index in enumerate([2, 0, 5, 1]):
-        assert sample(logits[i : i + 1], [again[i]], [index]).tokens[0] == together[i]
+        assert draw(logits[i : i + 1], [again[i]], [index]).tokens[0] == together[i]
 
 
 def test_sample_prefers_the_requests_own_seed() -> None:
     logits = torch.zeros(1, VOCAB)
-    tokens = {int(sample(logits, [row(temperature=1.0, seed=s)], [0]).tokens[0]) for s in range(20)}
+    tokens = {int(draw(logits, [row(temperature=1.0, seed=s)], [0]).tokens[0]) for s in range(20)}
     assert len(tokens) > 10
 
 
@@ -148,23 +164,23 @@ def test_penalties_see_tokens_as_they_are_sampled() -> None:
     state = row(temperature=0.0, presence_penalty=2.0)
     logits = torch.zeros(1, VOCAB)
     logits[0, 5], logits[0, 6] = 1.5, 1.0
-    assert [int(sample(logits, [state], [i]).tokens[0]) for i in range(3)][:2] == [5, 6]
+    assert [int(draw(logits, [state], [i]).tokens[0]) for i in range(3)][:2] == [5, 6]
 
 
 def test_logit_bias_and_min_tokens_change_the_choice() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 5] = 3.0
     biased = row(temperature=0.0, logit_bias={8: 50.0, 5: -100.0})
-    assert sample(logits, [biased], [0]).tokens[0] == 8
+    assert draw(logits, [biased], [0]).tokens[0] == 8
     minimum = row(temperature=0.0, stop_token_ids=(5,), min_tokens=2)
-    tokens = [int(sample(logits, [minimum], [i]).tokens[0]) for i in range(3)]
+    tokens = [int(draw(logits, [minimum], [i]).tokens[0]) for i in range(3)]
     assert tokens[0] != 5 and tokens[1] != 5 and tokens[2] == 5
 
 
 def test_logprobs_precede_temperature_and_penalties() -> None:
     logits = random_logits(2)
     rows = [row(temperature=0.0), row(temperature=0.5, logit_bias={3: 100.0}, logprobs=True, top_logprobs=4)]
-    out = sample(logits, rows, [0, 0])
+    out = draw(logits, rows, [0, 0])
     reference = logits[1].log_softmax(-1)
     assert out.logprob_rows == [1] and out.tokens[1] == 3
     assert out.logprobs is not None and out.top_ids is not None and out.top_logprobs is not None

@@ -39,6 +39,7 @@ class AttentionBackend(ABC):
     """Attention over the paged pool. One instance serves every layer."""
 
     name: str
+    capturable = False  # decodes read lengths and pages on the device alone, so that CUDA graphs can hold them
 
     def prepare(self, batch: ForwardBatch) -> None:  # noqa: B027 (optional)
         """Called once a step, before the first layer: what all layers share goes into `batch.plan`."""

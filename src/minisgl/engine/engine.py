@@ -68,7 +68,16 @@ class Engine:
             make_prefix_cache(config.page_size) if config.prefix_cache else None,
             config.policy,
         )
-        self.runner = ModelRunner(self.model, pool, make_attention(config.attention), config.max_running, config.seed)
+        self.runner = ModelRunner(
+            self.model,
+            pool,
+            make_attention(config.attention),
+            config.max_running,
+            self.scheduler.max_total_tokens,
+            config.seed,
+        )
+        if config.device == "cuda" and config.cuda_graph and self.runner.attention.capturable:
+            self.runner.capture(min(config.max_running, config.cuda_graph_max_batch or config.max_running))
         self.lag = 1 if config.overlap else 0
         self.vocab_size = model.vocab_size
         self.max_total_tokens = self.scheduler.max_total_tokens

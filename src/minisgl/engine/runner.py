@@ -1,7 +1,7 @@
 """Runs batches on the device in two phases: `launch` starts a step, `collect` waits for its tokens.
 
-Between the two the engine may launch the next step. Its input for a request whose token is still in flight is read
-from `last_token`, which the sampler of the step before writes on the device.
+Between the two the engine may launch the next step: whatever that needs of the step before it, such as the token just
+sampled, it reads from `DeviceRows`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from torch import Tensor
 
 from minisgl.attention.base import AttentionBackend, ForwardBatch
 from minisgl.cache.pool import KVPool
+from minisgl.engine.graphs import DecodeGraphs
 from minisgl.engine.sampler import RowState, SampledTokens, sample
 from minisgl.engine.scheduler import ScheduledBatch
+from minisgl.engine.state import DeviceRows, RowParams, Uploader, param_words
 from minisgl.models import CausalLM
 from minisgl.timing import span
 from minisgl.types import Request, TokenLogprob
+
+IN_FLIGHT = -1  # in place of a token id: read the row's last token
 
 
 @dataclass(slots=True)
@@ -41,121 +45,157 @@ class StepResult:
 
 
 class ModelRunner:
-    """Holds the model, the pool and the device-resident state of running requests, by row."""
+    """Holds the model, the pool and the device's state of running requests."""
 
-    def __init__(self, model: CausalLM, pool: KVPool, attention: AttentionBackend, num_rows: int, seed: int) -> None:
+    def __init__(
+        self, model: CausalLM, pool: KVPool, attention: AttentionBackend, num_rows: int, max_tokens: int, seed: int
+    ) -> None:
         self.model = model
         self.pool = pool
         self.attention = attention
         self.seed = seed
         self.device = pool.k.device
-        self.last_token = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
-        self.rows: list[RowState | None] = [None] * num_rows
+        self.upload = Uploader(self.device)
+        self.rows = DeviceRows(num_rows, -(-max_tokens // pool.page_size), pool.dummy_page, self.device)
+        self.states: dict[int, RowState] = {}  # by row
+        self.graphs: DecodeGraphs | None = None
+
+    def capture(self, max_batch: int, progress: bool = True) -> None:
+        """Captures CUDA graphs of decode steps with up to `max_batch` requests."""
+        self.graphs = DecodeGraphs(self.model, self.pool, self.attention, self.rows, max_batch, progress)
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> StepHandle:
         """Starts a step. On a CUDA device it returns before the step has run."""
-        vocab = self.model.config.vocab_size
-        for request in batch.admitted:
-            seed = hash((self.seed, request.arrival))
-            self.rows[request.row] = RowState(request, seed, vocab, self.device)
-        sampling = [i for i, s in enumerate(batch.samples) if s]
-        handle = StepHandle(batch, [batch.requests[i] for i in sampling])
-        with span("prepare"):
-            forward = self._forward_batch(batch)
-        with span("forward"):
-            logits = self.model.forward(forward)
-        if sampling:
-            with span("sample"):
-                self._sample(handle, logits, [batch.output_index[i] for i in sampling])
+        if batch.admitted:
+            self._admit(batch.admitted)
+        requests = [r for r, s in zip(batch.requests, batch.samples, strict=True) if s]
+        handle = StepHandle(batch, requests)
+        if self.graphs is not None and self._is_plain_decode(batch):
+            self._launch_graph(handle, self.graphs)
+        else:
+            self._launch_eager(handle)
         return handle
-
-    def _sample(self, handle: StepHandle, logits: Tensor, output_index: list[int]) -> None:
-        rows = [r.row for r in handle.requests]
-        states = [state for row in rows if (state := self.rows[row]) is not None]
-        handle.sampled = sample(logits, states, output_index)
-        tokens = handle.sampled.tokens
-        self.last_token[torch.tensor(rows, device=self.device)] = tokens.to(torch.int32)
-        handle.tokens = tokens.to("cpu", non_blocking=True)
-        if self.device.type == "cuda":
-            handle.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            handle.done.record()
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Waits for a step's tokens."""
         if handle.done is not None:
             handle.done.synchronize()
-        sampled = handle.sampled
-        if sampled is None or handle.tokens is None:
+        if handle.tokens is None:
             return StepResult([], {})
-        return StepResult(handle.tokens.tolist(), _logprobs(handle, sampled))
+        tokens = handle.tokens.tolist()
+        return StepResult(tokens, _logprobs(handle, tokens) if handle.sampled else {})
 
-    # -- inputs --------------------------------------------------------------------------------------------------
+    def _admit(self, requests: list[Request]) -> None:
+        lines = []
+        for request in requests:
+            seed = request.params.seed if request.params.seed is not None else hash((self.seed, request.arrival))
+            self.states[request.row] = RowState(request, self.model.config.vocab_size, self.device)
+            self.rows.admit(request)
+            lines.append(param_words(request, seed))
+        places = np.array([r.row for r in requests], np.int32)
+        self.rows.write_params(*self.upload(places, np.stack(lines)))
 
-    def _upload(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+    # -- with graphs ---------------------------------------------------------------------------------------------
 
-    def _forward_batch(self, batch: ScheduledBatch) -> ForwardBatch:
+    def _is_plain_decode(self, batch: ScheduledBatch) -> bool:
+        """Whether every request is one the device knows, and decodes one token."""
+        count = len(batch.requests)
+        assert self.graphs is not None
+        return batch.num_decodes == count <= self.graphs.max_batch and not batch.admitted and all(batch.samples)
+
+    def _launch_graph(self, handle: StepHandle, graphs: DecodeGraphs) -> None:
+        requests = handle.requests
+        states = [self.states[r.row] for r in requests]
+        simple = all(s.simple for s in states)
+        with span("forward"):
+            step = graphs.replay(self.upload, requests, self.rows.page_deltas(requests), sample=simple)
+        with span("sample"):
+            if simple:
+                self._fetch(handle, step.tokens)
+            else:
+                self._sample(handle, step.logits, step.rows, RowParams(step.params), step.output_index)
+
+    # -- without -------------------------------------------------------------------------------------------------
+
+    def _launch_eager(self, handle: StepHandle) -> None:
+        batch = handle.batch
+        with span("prepare"):
+            forward, rows = self._forward_batch(batch)
+        with span("forward"):
+            logits = self.model.forward(forward)
+        if handle.requests:
+            with span("sample"):
+                if len(handle.requests) < len(batch.requests):
+                    (sampling,) = self.upload(np.flatnonzero(batch.samples).astype(np.int32))
+                    rows = rows.index_select(0, sampling)
+                params = RowParams(self.rows.params.index_select(0, rows))
+                index = self.rows.lengths.index_select(0, rows) - params.num_prompt
+                self._sample(handle, logits, rows, params, index)
+
+    def _sample(self, handle: StepHandle, logits: Tensor, rows: Tensor, params: RowParams, index: Tensor) -> None:
+        states = [self.states[r.row] for r in handle.requests]
+        index_host = [i for i, s in zip(handle.batch.output_index, handle.batch.samples, strict=True) if s]
+        sampled = sample(logits, states, params, index, index_host)
+        self.rows.last_token.index_copy_(0, rows.long(), sampled.tokens.to(torch.int32))
+        if sampled.logprob_rows:
+            handle.sampled = sampled
+        self._fetch(handle, sampled.tokens)
+
+    def _fetch(self, handle: StepHandle, tokens: Tensor) -> None:
+        """Starts the copy of the step's tokens to the host."""
+        if self.device.type == "cpu":
+            handle.tokens = tokens.clone()  # a graph's are overwritten by its next replay
+            return
+        handle.tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        handle.tokens.copy_(tokens, non_blocking=True)
+        handle.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        handle.done.record()
+
+    def _forward_batch(self, batch: ScheduledBatch) -> tuple[ForwardBatch, Tensor]:
+        """The inputs of a step, and its requests' rows [S] int32; brings `DeviceRows` up to this step."""
         starts, counts = np.array(batch.starts, np.int32), np.array(batch.counts, np.int32)
+        lens = starts + counts
         query_starts = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=query_starts[1:])
-        page_table = _page_table(batch.requests, starts + counts, self.pool.page_size)
         owner = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         positions = np.arange(query_starts[-1], dtype=np.int32) - np.repeat(query_starts[:-1] - starts, counts)
+        last = query_starts[1:][np.array(batch.samples, bool)] - 1
+        rows_host = np.array([r.row for r in batch.requests], np.int32)
+        deltas = self.rows.page_deltas(batch.requests)
+        ids, place, owners, rows, seq_lens, ends, wanted, changes = self.upload(
+            _input_ids(batch, query_starts), positions, owner, rows_host, lens, query_starts, last, deltas
+        )
+        self.rows.write_pages(changes)
         size = self.pool.page_size
-        slots = page_table[owner, positions // size].astype(np.int64) * size + positions % size
-        logits_indices = query_starts[1:][np.array(batch.samples, bool)].astype(np.int64) - 1
+        num_pages = -(-int(lens.max()) // size)
+        table = self.rows.page_table[:, :num_pages].index_select(0, rows)
+        slots = table[owners.long(), (place // size).long()].long() * size + place % size
+        ids = torch.where(ids == IN_FLIGHT, self.rows.last_token.index_select(0, rows).index_select(0, owners), ids)
+        self.rows.lengths.index_copy_(0, rows.long(), seq_lens)
         forward = ForwardBatch(
-            input_ids=self._input_ids(batch, query_starts),
-            positions=self._upload(positions),
-            slots=self._upload(slots),
-            page_table=self._upload(page_table),
-            seq_lens=self._upload(starts + counts),
-            query_starts=self._upload(query_starts),
-            logits_indices=self._upload(logits_indices),
-            num_decodes=batch.num_decodes,
-            seq_lens_host=starts + counts,
-            query_lens_host=counts,
-            pool=self.pool,
-            attention=self.attention,
+            ids, place, slots, table, seq_lens, ends, wanted, batch.num_decodes, lens, counts, self.pool, self.attention
         )
         self.attention.prepare(forward)
-        return forward
-
-    def _input_ids(self, batch: ScheduledBatch, query_starts: np.ndarray) -> Tensor:
-        """Ids from the host where it knows them; from `last_token` for a decode whose input is in flight."""
-        ids = np.zeros(query_starts[-1], np.int32)
-        in_flight: list[int] = []
-        for i, (request, start, count) in enumerate(zip(batch.requests, batch.starts, batch.counts, strict=True)):
-            at = int(query_starts[i])
-            if start < len(request.tokens):
-                ids[at : at + count] = request.tokens[start : start + count]
-            else:
-                in_flight.append(i)
-        input_ids = self._upload(ids)
-        if in_flight:
-            rows = torch.tensor([batch.requests[i].row for i in in_flight], device=self.device)
-            at_device = torch.tensor(query_starts[in_flight].tolist(), device=self.device)
-            input_ids[at_device] = self.last_token[rows]
-        return input_ids
+        return forward, rows
 
 
-def _page_table(requests: list[Request], lens: np.ndarray, page_size: int) -> np.ndarray:
-    """[S, P] int32, P the pages of the longest sequence; short rows are padded with page 0."""
-    needed = -(-lens // page_size)
-    table = np.zeros((len(requests), int(needed.max(initial=1))), np.int32)
-    for row, request, count in zip(table, requests, needed.tolist(), strict=True):
-        row[:count] = request.pages[:count]
-    return table
+def _input_ids(batch: ScheduledBatch, query_starts: np.ndarray) -> np.ndarray:
+    """Ids that the host knows, IN_FLIGHT for the others: decodes whose input the step before samples."""
+    ids = np.full(query_starts[-1], IN_FLIGHT, np.int32)
+    places = query_starts.tolist()
+    for at, request, start, count in zip(places, batch.requests, batch.starts, batch.counts, strict=False):
+        if start < len(request.tokens):
+            ids[at : at + count] = request.tokens[start : start + count]
+    return ids
 
 
-def _logprobs(handle: StepHandle, sampled: SampledTokens) -> dict[int, TokenLogprob]:
-    if sampled.logprobs is None:
-        return {}
+def _logprobs(handle: StepHandle, tokens: list[int]) -> dict[int, TokenLogprob]:
+    sampled = handle.sampled
+    assert sampled is not None and sampled.logprobs is not None
     own = sampled.logprobs.tolist()
     top_ids = sampled.top_ids.tolist() if sampled.top_ids is not None else [[]] * len(own)
     top_values = sampled.top_logprobs.tolist() if sampled.top_logprobs is not None else [[]] * len(own)
-    tokens = sampled.tokens.tolist()
     result = {}
     for i, row in enumerate(sampled.logprob_rows):
         count = handle.requests[row].params.top_logprobs

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisgl.engine.noise import gumbel_noise
+from minisgl.engine.state import RowParams
+from minisgl.kernels.sample.noise import gumbel_noise
 from minisgl.types import Request
 
 _NEVER = float("-inf")
@@ -26,29 +27,31 @@ class SampledTokens:
 
 
 class RowState:
-    """What the sampler keeps for one running request, on the device.
+    """What the sampler knows of one running request beyond its `RowParams`.
 
-    `counts` (how often each id was output) and `seen` (in prompt or output) exist only where a penalty needs them.
+    `counts` (how often each id was output) and `seen` (in prompt or output) exist only where a penalty needs them;
+    they live on the device, which learns a token before the host does.
     """
 
-    def __init__(self, request: Request, seed: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, request: Request, vocab_size: int, device: torch.device) -> None:
         p = request.params
-        self.request = request
         self.params = p
-        self.seed = seed if p.seed is None else p.seed
         self.filtered = bool(p.top_k) or (p.top_p or 1.0) < 1 or bool(p.min_p)
         self.counts: Tensor | None = None
         self.seen: Tensor | None = None
+        repetition = p.repetition_penalty not in (None, 1.0)
+        penalised = bool(p.frequency_penalty or p.presence_penalty or repetition)
+        self.edits_logits = penalised or bool(p.logit_bias) or p.min_tokens > 0
+        self.simple = not (self.edits_logits or self.filtered or p.logprobs)
+        if not self.edits_logits:
+            return
         self.bias_ids = torch.tensor(list(p.logit_bias), dtype=torch.int64, device=device)
         self.bias = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=device)
         self.stop_ids = torch.tensor(p.stop_token_ids, dtype=torch.int64, device=device)
-        repetition = p.repetition_penalty not in (None, 1.0)
-        if p.frequency_penalty or p.presence_penalty or repetition:
+        if penalised:
             known = torch.tensor(request.tokens, dtype=torch.int64, device=device)
             self.counts = torch.bincount(known[request.num_prompt :], minlength=vocab_size).float()
-        if repetition:
-            self.seen = torch.bincount(known, minlength=vocab_size).bool()
-        self.edits_logits = self.counts is not None or bool(p.logit_bias) or p.min_tokens > 0
+            self.seen = torch.bincount(known, minlength=vocab_size).bool() if repetition else None
 
     def edit(self, logits: Tensor, output_index: int) -> None:
         """Applies penalties, bias and min_tokens to `logits` [vocab] float32, in place.
@@ -64,9 +67,9 @@ class RowState:
         if self.counts is not None:
             logits -= p.frequency_penalty * self.counts + p.presence_penalty * (self.counts > 0)
         if p.logit_bias:
-            logits[self.bias_ids] += self.bias
+            logits.index_add_(0, self.bias_ids, self.bias)
         if output_index < p.min_tokens:
-            logits[self.stop_ids] = _NEVER
+            logits.index_fill_(0, self.stop_ids, _NEVER)
 
     def append(self, token: Tensor) -> None:
         """Counts a sampled token ([1] int64 on the device); the host needn't know it yet."""
@@ -80,7 +83,7 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     """Masks what top-k, then top-p of what is left, then min-p exclude. The most likely token always stays.
 
     Args:
-        logits: [R, V] float32, temperature applied. top_k: [R] int64, 0 for off. top_p, min_p: [R] float32.
+        logits: [R, V] float32, temperature applied. top_k: [R] integers, 0 for off. top_p, min_p: [R] float32.
     """
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
@@ -93,54 +96,70 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     return torch.empty_like(logits).scatter_(1, ids, ordered.masked_fill(outside, _NEVER))
 
 
-def _column(values: Sequence[float | int | None], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
+def gumbel_argmax(logits: Tensor, params: RowParams, output_index: Tensor) -> Tensor:
+    """Tokens [R] int64 from logits [R, V]: the most likely at temperature 0, else drawn from the softmax."""
+    if logits.is_cuda:
+        from minisgl.kernels.sample.op import sample_tokens
+
+        out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+        sample_tokens(logits, params.temperature, params.seed, output_index, out)
+        return out
+    greedy = params.temperature == 0
+    scaled = logits.float() / torch.where(greedy, 1.0, params.temperature)[:, None]
+    if not bool(greedy.all()):
+        noise = gumbel_noise(params.seed, output_index.long(), logits.shape[-1])
+        scaled = torch.where(greedy[:, None], scaled, scaled + noise)
+    return scaled.argmax(-1)
 
 
-def _choose(logits: Tensor, rows: Sequence[RowState], output_index: Sequence[int]) -> Tensor:
-    """Tokens [R] for rows none of which is greedy."""
-    device = logits.device
-    logits = logits / _column([r.params.temperature for r in rows], torch.float32, device)[:, None]
-    filtered = [i for i, r in enumerate(rows) if r.filtered]
-    if filtered:
-        params = [rows[i].params for i in filtered]
-        logits[filtered] = filter_logits(
-            logits[filtered],
-            _column([p.top_k for p in params], torch.int64, device),
-            _column([p.top_p for p in params], torch.float32, device),
-            _column([p.min_p for p in params], torch.float32, device),
-        )
-    seeds = _column([r.seed for r in rows], torch.int64, device)
-    noise = gumbel_noise(seeds, _column(output_index, torch.int64, device), logits.shape[-1])
-    return (logits + noise).argmax(-1)
+def _filter(logits: Tensor, params: RowParams) -> Tensor:
+    """Filters where there is a temperature; the scale that it brings is taken back, `gumbel_argmax` applies it."""
+    scale = torch.where(params.temperature == 0, 1.0, params.temperature)[:, None]
+    return filter_logits(logits.float() / scale, params.top_k, params.top_p, params.min_p) * scale
+
+
+def _draw(logits: Tensor, rows: Sequence[RowState], params: RowParams, output_index: Tensor) -> Tensor:
+    """On a CPU only rows that need it pay for filters and noise; a GPU would wait longer for such a choice."""
+    if logits.is_cuda:
+        if any(r.filtered for r in rows):
+            logits = _filter(logits, params)
+        return gumbel_argmax(logits, params, output_index)
+    tokens = logits.argmax(-1)
+    random = [i for i, r in enumerate(rows) if not r.params.greedy]
+    if random:
+        chosen, params = logits[random], params.select(random)
+        filtered = [j for j, i in enumerate(random) if rows[i].filtered]
+        if filtered:
+            chosen[filtered] = _filter(chosen[filtered], params.select(filtered)).to(chosen.dtype)
+        tokens[random] = gumbel_argmax(chosen, params, output_index[random])
+    return tokens
 
 
 def _logprobs(logits: Tensor, rows: Sequence[RowState], out: SampledTokens) -> None:
     wanted = out.logprob_rows
-    logprobs = logits[wanted].log_softmax(-1)
+    logprobs = logits[wanted].float().log_softmax(-1)
     out.logprobs = logprobs.gather(1, out.tokens[wanted, None])[:, 0]
     num_top = max(rows[i].params.top_logprobs for i in wanted)
     if num_top:
         out.top_logprobs, out.top_ids = logprobs.topk(num_top, dim=-1)
 
 
-def sample(logits: Tensor, rows: Sequence[RowState], output_index: Sequence[int]) -> SampledTokens:
+def sample(
+    logits: Tensor, rows: Sequence[RowState], params: RowParams, output_index: Tensor, output_index_host: Sequence[int]
+) -> SampledTokens:
     """One token a row.
 
     Args:
-        logits: [R, V] float32. rows: the state of the R requests. output_index: which output token each row is.
+        logits: [R, V], of any floating type. rows, params: of the R requests.
+        output_index: [R] which output token of its request each row is; the same on the host.
     """
     raw = logits
     edited = [i for i, r in enumerate(rows) if r.edits_logits]
     if edited:
-        logits = logits.clone()
+        logits = logits.to(torch.float32, copy=True)
         for i in edited:
-            rows[i].edit(logits[i], output_index[i])
-    tokens = logits.argmax(-1)
-    random = [i for i, r in enumerate(rows) if not r.params.greedy]
-    if random:
-        chosen = logits if len(random) == len(rows) else logits[random]
-        tokens[random] = _choose(chosen, [rows[i] for i in random], [output_index[i] for i in random])
+            rows[i].edit(logits[i], output_index_host[i])
+    tokens = _draw(logits, rows, params, output_index)
     for i in edited:
         rows[i].append(tokens[i : i + 1])
     out = SampledTokens(tokens, [i for i, r in enumerate(rows) if r.params.logprobs])

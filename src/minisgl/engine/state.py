@@ -1,0 +1,127 @@
+"""What the device knows of running requests, and the small copies that keep it up to date.
+
+A request has a row for as long as it runs. A step sends only what changed; everything else, down to the token that
+the step before sampled, is read from the rows, so that a step can be launched before the one before it has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisgl.types import Request
+
+RING = 8  # pinned buffers: two transfers a step at most, and three steps of which one may still wait its turn
+ALIGN = 4  # words; so that every array of a transfer starts at 16 bytes
+
+
+class Uploader:
+    """Copies int32 arrays to the device, all of a step in one transfer that the host doesn't wait for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.int32)] * RING
+        self._done: list[torch.cuda.Event | None] = [None] * RING
+        self._next = 0
+
+    def __call__(self, *arrays: np.ndarray) -> list[Tensor]:
+        """The arrays as tensors of the same shapes; on a CPU they share memory with them."""
+        if self.device.type == "cpu":
+            return [torch.from_numpy(a) for a in arrays]
+        sizes = [-(-a.size // ALIGN) * ALIGN for a in arrays]
+        packed = self.send(
+            np.concatenate([np.pad(a.ravel(), (0, s - a.size)) for a, s in zip(arrays, sizes, strict=True)])
+        )
+        parts: Sequence[Tensor] = packed.split(sizes)  # type: ignore[no-untyped-call]
+        return [part[: a.size].view(a.shape) for part, a in zip(parts, arrays, strict=True)]
+
+    def send(self, words: np.ndarray, out: Tensor | None = None) -> Tensor:
+        """Copies `words` [N] int32 to the device: to `out`, or to a new tensor."""
+        if self.device.type == "cpu":
+            return torch.from_numpy(words) if out is None else out.copy_(torch.from_numpy(words))
+        i, self._next = self._next, (self._next + 1) % RING
+        event = self._done[i]
+        if event is not None:
+            event.synchronize()  # RING transfers ago: long done
+        if self._buffers[i].numel() < words.size:
+            self._buffers[i] = torch.empty(2 * words.size, dtype=torch.int32, pin_memory=True)
+        staged = self._buffers[i][: words.size]
+        staged.numpy()[:] = words
+        if out is None:
+            out = staged.to(self.device, non_blocking=True)
+        else:
+            out.copy_(staged, non_blocking=True)
+        if event is None:
+            event = self._done[i] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return out
+
+
+class DeviceRows:
+    """State of running requests, a row each. The last row is a dummy: padding points to it.
+
+    page_table: [rows + 1, P] int32, the dummy's entries naming the pool's dummy page.
+    lengths: [rows + 1] int32, tokens computed. last_token: [rows + 1] int32, sampled last.
+    params: [rows + 1, 8] int32 words: temperature, top_p, min_p (float32), top_k, seed (two words), prompt length.
+    """
+
+    def __init__(self, num_rows: int, max_pages: int, dummy_page: int, device: torch.device) -> None:
+        self.dummy = num_rows
+        self.page_table = torch.full((num_rows + 1, max_pages), dummy_page, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
+        self.last_token = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
+        self.params = torch.zeros(num_rows + 1, 8, dtype=torch.int32, device=device)
+        self._known = [0] * num_rows  # pages of each row that the device has
+
+    def admit(self, request: Request) -> None:
+        """A request has taken a row: nothing there holds for it."""
+        self._known[request.row] = 0
+
+    def page_deltas(self, requests: Sequence[Request]) -> np.ndarray:
+        """[3, D] int32: row, place and page of what the requests hold and the device doesn't know yet."""
+        found: list[tuple[int, int, int]] = []
+        known = self._known
+        for request in requests:
+            row, pages = request.row, request.pages
+            if known[row] < len(pages):
+                found += [(row, place, pages[place]) for place in range(known[row], len(pages))]
+                known[row] = len(pages)
+        return np.array(found, np.int32).reshape(-1, 3).T.copy()
+
+    def write_pages(self, deltas: Tensor) -> None:
+        """Enters `page_deltas` [3, D]; entries of the dummy row, which pad it, change nothing."""
+        rows, places, pages = deltas.long().unbind()
+        self.page_table[rows, places] = pages.to(torch.int32)
+
+    def write_params(self, rows: Tensor, words: Tensor) -> None:
+        self.params.index_copy_(0, rows.long(), words)
+
+
+def param_words(request: Request, seed: int) -> np.ndarray:
+    """The request's line of `DeviceRows.params`."""
+    p = request.params
+    words = np.zeros(8, np.int32)
+    words[:3] = np.array([p.temperature, p.top_p, p.min_p], np.float32).view(np.int32)
+    words[3] = p.top_k or 0
+    words[4:6] = np.array([seed], np.int64).view(np.int32)
+    words[6] = request.num_prompt
+    return words
+
+
+class RowParams:
+    """Lines of `DeviceRows.params` by name: each [R]."""
+
+    def __init__(self, words: Tensor) -> None:
+        self.temperature, self.top_p, self.min_p = words[:, :3].view(torch.float32).unbind(1)
+        self.top_k = words[:, 3]
+        self.seed = words[:, 4:6].contiguous().view(torch.int64)[:, 0]
+        self.num_prompt = words[:, 6]
+
+    def select(self, index: list[int]) -> RowParams:
+        chosen = object.__new__(RowParams)
+        for name, value in vars(self).items():
+            setattr(chosen, name, value[index])
+        return chosen

@@ -1,0 +1,36 @@
+"""sample: a token a row, by argmax or by Gumbel-max: argmax(logits / t + noise) is drawn from softmax(logits / t)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minisgl.kernels import check
+
+
+def sample_tokens(logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, out: Tensor) -> None:
+    """Chooses `out[r]`: the most likely token at temperature 0, else one drawn with `noise.gumbel_noise`.
+
+    Args:
+        logits: [R, V] float32, bfloat16 or float16; rows contiguous.
+        temperature: [R] float32, of any stride. seeds: [R] int64. index: [R] int32, which output token each row is.
+        out: [R] int64.
+
+    Raises:
+        KernelError: an argument of the wrong shape, dtype, layout or device; it names the argument.
+    """
+    check.dims("logits", logits, 2, "[R, V]")
+    check.rows("logits", logits)
+    rows = logits.shape[0]
+    arguments = {"temperature": temperature, "seeds": seeds, "index": index, "out": out}
+    dtypes = (torch.float32, torch.int64, torch.int32, torch.int64)
+    for (name, x), dtype in zip(arguments.items(), dtypes, strict=True):
+        check.shape(name, x, (rows,))
+        check.dtype(name, x, (dtype,))
+    for name in ("seeds", "index", "out"):
+        check.contiguous(name, arguments[name])
+    check.cuda(logits=logits, **arguments)
+    if rows:
+        from minisgl.kernels.sample import triton_v1
+
+        triton_v1.run(logits, temperature, seeds, index, out)

@@ -1,0 +1,74 @@
+"""sample v1 in Triton: each program takes a block of a row's vocabulary, a second kernel the best of the blocks.
+
+Idea: one pass over the logits in the dtype that the LM head wrote, noise made in registers, no softmax.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+
+
+@triton.jit
+def _noise(seed, index, block, BLOCK: tl.constexpr):
+    """Gumbel noise of BLOCK tokens, as `engine.noise` defines it: word i % 4 of Philox(seed, (i // 4, index))."""
+    counter = (block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    zero = counter * 0
+    w0, w1, w2, w3 = tl.philox(seed, counter, zero + index.to(tl.uint32), zero, zero)
+    bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+    # log1p(-u) by its series where 1 - u would lose u's digits: those are the noise that decides
+    series = -u * (1 + u * (0.5 + u * (0.33333334 + u * 0.25)))
+    return -tl.log(-tl.where(u < 0.01, series, tl.log(1 - u)))
+
+
+@triton.jit
+def _sample_blocks(
+    logits, stride, temperature, seeds, index, best, place, num_blocks, vocab, param_stride, BLOCK: tl.constexpr
+):
+    row, block = tl.program_id(0), tl.program_id(1)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row.to(tl.int64) * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+    t = tl.load(temperature + row * param_stride)
+    if t > 0:
+        x = x / t + _noise(tl.load(seeds + row), tl.load(index + row), block, BLOCK)
+        x = tl.where(token < vocab, x, float("-inf"))
+    value, offset = tl.max(x, 0, return_indices=True)
+    tl.store(best + row * num_blocks + block, value)
+    tl.store(place + row * num_blocks + block, block * BLOCK + offset)
+
+
+@triton.jit
+def _best_block(best, place, out, num_blocks, BLOCKS: tl.constexpr):
+    row = tl.program_id(0)
+    block = tl.arange(0, BLOCKS)
+    value = tl.load(best + row * num_blocks + block, mask=block < num_blocks, other=float("-inf"))
+    chosen = tl.argmax(value, 0)
+    tl.store(out + row, tl.load(place + row * num_blocks + chosen).to(tl.int64))
+
+
+def run(logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, out: Tensor) -> None:
+    """As `sample_tokens`."""
+    rows, vocab = logits.shape
+    blocks = triton.cdiv(vocab, BLOCK)
+    best = torch.empty(rows, blocks, dtype=torch.float32, device=logits.device)
+    place = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
+    _sample_blocks[(rows, blocks)](
+        logits,
+        logits.stride(0),
+        temperature,
+        seeds,
+        index,
+        best,
+        place,
+        blocks,
+        vocab,
+        temperature.stride(0),
+        BLOCK=BLOCK,
+    )
+    _best_block[(rows,)](best, place, out, blocks, BLOCKS=triton.next_power_of_2(blocks))

@@ -1,0 +1,148 @@
+"""Decode steps over device-resident rows: the work that a CUDA graph captures, run as it is on a CPU, and replayed on
+a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import GREEDY, Driver
+from tiny import greedy, make_checkpoint
+from torch import Tensor
+
+from minisgl.attention import AttentionBackend, ForwardBatch
+from minisgl.engine.graphs import DecodeGraphs, DecodeStep, ladder
+
+PROMPTS = [[(7 * i + 3 * k) % 60 + 2 for i in range(5 + 11 * k)] for k in range(5)]
+
+
+class DeviceOnly(AttentionBackend):
+    """Attention written out, from nothing but the batch's tensors."""
+
+    name = "device_only"
+    capturable = True
+
+    def forward(self, q: Tensor, layer: int, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
+        keys, values = batch.pool.k[layer], batch.pool.v[layer]
+        out = torch.empty_like(q)
+        starts = batch.query_starts.tolist()
+        for i, length in enumerate(batch.seq_lens.tolist()):
+            k, v = (x[batch.page_table[i].long()].flatten(0, 1)[:length] for x in (keys, values))
+            rows = q[starts[i] : starts[i + 1]]
+            group = q.shape[1] // k.shape[1]
+            scores = torch.einsum("qhd,khd->hqk", rows, k.repeat_interleave(group, 1)) * scale
+            position = torch.arange(length - len(rows), length)[:, None]
+            hidden = torch.arange(length) > position
+            if window is not None:
+                hidden |= torch.arange(length) <= position - window
+            probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            out[starts[i] : starts[i + 1]] = torch.einsum("hqk,khd->qhd", probs, v.repeat_interleave(group, 1))
+        return out
+
+
+class Replayed:
+    """Stands for a CUDA graph: does the work again, into the same memory."""
+
+    def __init__(self, work: Any) -> None:
+        self.replay = work
+
+
+class Uncaptured(DecodeGraphs):
+    """The same steps without a GPU."""
+
+    def _capture(self, step: DecodeStep, memory: Any) -> Any:
+        from minisgl.engine.graphs import _Captured
+
+        logits = step.forward()
+        step.sample(logits)
+        forward: Any = Replayed(lambda: logits.copy_(step.forward()))
+        sampler: Any = Replayed(lambda: step.sample(logits))
+        return _Captured(step, forward, sampler, logits), None
+
+
+def _driver(folder: Path, overlap: bool, page_size: int, max_batch: int = 8) -> tuple[Driver, list[int]]:
+    """A driver whose decodes go through uncaptured steps, and the sizes of the batches that did."""
+    driver = Driver(folder, overlap=overlap, page_size=page_size)
+    runner = driver.engine.runner
+    runner.attention = DeviceOnly()
+    with torch.inference_mode():
+        runner.graphs = Uncaptured(runner.model, runner.pool, runner.attention, runner.rows, max_batch, False)
+    replayed: list[int] = []
+    replay = runner.graphs.replay
+
+    def record(upload: Any, requests: Any, *rest: Any, **options: Any) -> Any:
+        replayed.append(len(requests))
+        return replay(upload, requests, *rest, **options)
+
+    runner.graphs.replay = record  # type: ignore[method-assign]
+    return driver, replayed
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3"])
+def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+    folder = tmp_path_factory.mktemp("model")
+    model = make_checkpoint(request.param, folder)
+    return folder, [greedy(model, prompt, 30) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["lag0", "lag1"])
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_decode_step_gives_the_tokens_of_transformers(
+    oracle: tuple[Path, list[list[int]]], overlap: bool, page_size: int
+) -> None:
+    folder, expected = oracle
+    driver, replayed = _driver(folder, overlap, page_size)
+    ids = [driver.add(prompt, replace(GREEDY, max_tokens=30)) for prompt in PROMPTS[:3]]
+    for _ in range(6):
+        driver.step()
+    ids += [driver.add(prompt, replace(GREEDY, max_tokens=30)) for prompt in PROMPTS[3:]]
+    driver.run()
+    assert [driver.answers[id].tokens for id in ids] == expected
+    assert {3, 5} <= set(replayed), "padded and whole batches were replayed"
+    driver.close()
+
+
+def test_decode_step_serves_rows_that_want_more(oracle: tuple[Path, list[list[int]]]) -> None:
+    """Filters, penalties, seeds and log-probabilities: the same answers as without graphs."""
+    folder, _ = oracle
+    wanted = [
+        replace(GREEDY, max_tokens=20, presence_penalty=1.5),
+        replace(GREEDY, max_tokens=20, logprobs=True, top_logprobs=2),
+        replace(GREEDY, max_tokens=20, temperature=1.0, top_p=0.8, top_k=20, seed=3),
+        replace(GREEDY, max_tokens=20, temperature=0.9, seed=4),
+    ]
+    plain, (driver, replayed) = Driver(folder), _driver(folder, True, 4)
+    answers = []
+    for one in (plain, driver):
+        ids = [one.add(prompt, params) for prompt, params in zip(PROMPTS, wanted, strict=False)]
+        one.run()
+        answers.append([one.answers[id] for id in ids])
+    assert replayed
+    assert [a.tokens for a in answers[0]] == [a.tokens for a in answers[1]]
+    top = [[entry.top for o in a[1].outputs for entry in o.logprobs] for a in answers]
+    assert [[i for i, _ in entry] for entry in top[0]] == [[i for i, _ in entry] for entry in top[1]]
+
+
+def test_decode_step_survives_preemption(oracle: tuple[Path, list[list[int]]]) -> None:
+    folder, expected = oracle
+    driver = Driver(folder, page_size=4, num_pages=28)
+    runner = driver.engine.runner
+    runner.attention = DeviceOnly()
+    with torch.inference_mode():
+        runner.graphs = Uncaptured(runner.model, runner.pool, runner.attention, runner.rows, 8, False)
+    ids = [driver.add(prompt, replace(GREEDY, max_tokens=30)) for prompt in PROMPTS]
+    driver.run()
+    assert driver.engine.stats().preemptions > 0
+    assert [driver.answers[id].tokens for id in ids] == expected
+    driver.close()
+
+
+def test_ladder_wastes_little_and_ends_at_the_largest() -> None:
+    for largest in (1, 5, 64, 100, 256):
+        sizes = ladder(largest)
+        assert sizes[-1] == largest and sizes == sorted(set(sizes))
+        for batch in range(17, largest + 1):
+            assert next(s for s in sizes if s >= batch) < 1.5 * batch
