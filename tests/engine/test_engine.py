@@ -167,6 +167,30 @@ def test_engine_logprobs_are_those_of_the_model(oracle: tuple[Path, object], ove
         assert [id for id, _ in entry.top] == row.topk(3).indices.tolist()
 
 
+@LAGS
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_engine_prompt_logprobs_are_those_of_the_model(
+    oracle: tuple[Path, object], overlap: bool, max_tokens: int
+) -> None:
+    """In chunks, beside others, and with the prompt in the cache already."""
+    folder, model = oracle
+    prompt = PROMPT * 6
+    driver = Driver(folder, overlap=overlap, page_size=4, max_batched_tokens=20)
+    driver.ask(prompt, replace(GREEDY, max_tokens=2))
+    driver.add(PROMPT[:3], replace(GREEDY, max_tokens=30))
+    answer = driver.ask(prompt, replace(GREEDY, max_tokens=max_tokens, prompt_logprobs=True, top_logprobs=2))
+    assert (len(answer.tokens), answer.finish, answer.num_cached) == (max_tokens, FinishReason.LENGTH, 0)
+    entries = answer.outputs[0].prompt_logprobs
+    assert not any(output.prompt_logprobs for output in answer.outputs[1:])
+    with torch.no_grad():
+        reference = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    assert [entry.token_id for entry in entries] == prompt[1:]
+    for entry, row in zip(entries, reference, strict=False):
+        assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
+        assert [id for id, _ in entry.top] == row.topk(2).indices.tolist()
+    assert not driver.engine.runner.prompt_logprobs
+
+
 def test_engine_priority_decides_who_waits(folder: Path) -> None:
     driver = Driver(folder, max_running=1)
     low = driver.add(PROMPT, replace(GREEDY, max_tokens=3), priority=-1)

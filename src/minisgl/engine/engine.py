@@ -100,7 +100,7 @@ class Engine:
         self._check_ids(prompt, params)
         request = Request(request_id, array("i", prompt), params, priority)
         self.scheduler.add(request)
-        if request.max_total == request.num_prompt:  # max_tokens=0
+        if request.max_total == request.num_prompt:  # max_tokens=0: nothing to compute
             self.scheduler.finish(request, FinishReason.LENGTH)
             self._pending.append(TokenOutput(request_id, [], finish=FinishReason.LENGTH))
 
@@ -151,14 +151,17 @@ class Engine:
         place = {r.id: i for i, r in enumerate(handle.requests)} if result.logprobs else {}
         outputs = []
         for request, reason in self.scheduler.collect(handle.batch, result.tokens):
-            logprob = result.logprobs.get(place[request.id]) if place else None
+            unwanted = request.params.max_tokens == 0
+            logprob = result.logprobs.get(place[request.id]) if place and not unwanted else None
+            first = request.params.prompt_logprobs and request.num_output == 1
             outputs.append(
                 TokenOutput(
                     request.id,
-                    [request.tokens[-1]],
+                    [] if unwanted else [request.tokens[-1]],
                     [logprob] if logprob else [],
-                    reason,
+                    FinishReason.LENGTH if unwanted else reason,
                     num_cached=request.num_cached,
+                    prompt_logprobs=self.runner.prompt_logprobs.pop(request.id) if first else [],
                 )
             )
         return outputs

@@ -55,7 +55,7 @@ class PageLedger:
         """Gives a request what the prefix cache has of its tokens, pages for the rest, and a row.
 
         Afterwards `watermark` pages are still to be had, or nothing is done and the answer is False. At least the last
-        token stays uncached: its logits are needed.
+        token stays uncached, for its logits are needed; where those of the whole prompt are, nothing is taken.
         """
         needed = -(-len(request.tokens) // self.page_size)
         if not self.cache:
@@ -63,10 +63,11 @@ class PageLedger:
                 return False
         else:
             tokens = np.frombuffer(request.tokens, np.int32)
-            hit = self.cache.match_length(tokens, len(tokens) - 1) // self.page_size
+            limit = 0 if request.params.prompt_logprobs else len(tokens) - 1
+            hit = self.cache.match_length(tokens, limit) // self.page_size
             if self._available() < needed - hit + watermark:
                 return False  # cheap: nothing was touched
-            match = self.cache.match(tokens, len(tokens) - 1)
+            match = self.cache.match(tokens, limit)
             self.cache.lock(match.node)
             if self._available() < needed - hit + watermark:  # what it matched can't be evicted for it any more
                 self.cache.unlock(match.node)

@@ -15,6 +15,7 @@ from torch import Tensor
 from minisgl.attention.base import AttentionBackend, ForwardBatch
 from minisgl.cache.pool import KVPool
 from minisgl.engine.graphs import DecodeGraphs
+from minisgl.engine.prompt_logprobs import prompt_rows, read_prompts
 from minisgl.engine.sampler import RowState, SampledTokens, sample
 from minisgl.engine.scheduler import ScheduledBatch
 from minisgl.engine.state import DeviceRows, RowParams, Uploader, param_words
@@ -59,6 +60,7 @@ class ModelRunner:
         self.rows = DeviceRows(num_rows, -(-max_tokens // pool.page_size), pool.dummy_page, self.device)
         self.states: dict[int, RowState] = {}  # by row
         self.graphs: DecodeGraphs | None = None
+        self.prompt_logprobs: dict[str, list[TokenLogprob]] = {}  # by request, to be taken with its first token
 
     def capture(self, max_batch: int, progress: bool = True) -> None:
         """Captures CUDA graphs of decode steps with up to `max_batch` requests."""
@@ -122,8 +124,15 @@ class ModelRunner:
         batch = handle.batch
         with span("prepare"):
             forward, rows = self._forward_batch(batch)
+        prompts = prompt_rows(batch)
+        if prompts:
+            (more,) = self.upload(np.concatenate([p.rows for p in prompts]))
+            forward.logits_indices = torch.cat([forward.logits_indices, more])
         with span("forward"):
-            logits = self.model.forward(forward)
+            hidden = self.model.hidden(forward)
+            logits = self.model.logits(hidden[: len(handle.requests)])
+        if prompts:
+            read_prompts(prompts, hidden[len(handle.requests) :], self.model.logits, self.prompt_logprobs)
         if handle.requests:
             with span("sample"):
                 if len(handle.requests) < len(batch.requests):

@@ -98,6 +98,8 @@ class Scheduler:
                 f"the prompt has {request.num_prompt} tokens; prompt and answer together may have {limit}", "prompt"
             )
         wanted = request.params.max_tokens
+        if request.params.prompt_logprobs and wanted == 0:
+            wanted = 1  # a step that samples, though nobody wants the token
         request.max_total = limit if wanted is None else min(limit, request.num_prompt + wanted)
         request.arrival = self.num_arrived
         self.num_arrived += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -11,6 +11,9 @@ from minisgl.models.build import Build
 from minisgl.models.config import ModelConfig, Values
 from minisgl.models.layers import MLP, Attention, RMSNorm, VocabTable
 from minisgl.models.rotary import Rotary, Rotation
+
+if TYPE_CHECKING:
+    from minisgl.models.cpu import PackedStack
 
 
 class DecoderLayer(nn.Module):
@@ -72,6 +75,7 @@ class CausalLM(nn.Module):
         self.norm = RMSNorm(build, config.hidden_size)
         self.lm_head = self.embed_tokens if config.tie_embeddings else VocabTable(build)
         self.rotary = Rotary(config, build.device)
+        self.stack: PackedStack | None = None  # runs the layers in our place, where it is there
         self.eval()
 
     def forward(self, batch: ForwardBatch) -> Tensor:
@@ -82,6 +86,10 @@ class CausalLM(nn.Module):
         Returns:
             Logits [R, vocab_size] in float32 of the rows `batch.logits_indices`.
         """
+        return self.logits(self.hidden(batch))
+
+    def hidden(self, batch: ForwardBatch) -> Tensor:
+        """As `forward`, up to the head: final hidden states [R, hidden_size]."""
         rotation = self.rotary(batch.positions)
         x = self.embed_tokens.embed(batch.input_ids)
         residual: Tensor | None = None
@@ -89,5 +97,8 @@ class CausalLM(nn.Module):
             x, residual = layer(x, residual, rotation, batch)
         assert residual is not None
         rows = batch.logits_indices
-        x, _ = self.norm(x.index_select(0, rows), residual.index_select(0, rows))
-        return self.lm_head.logits(x)
+        return self.norm(x.index_select(0, rows), residual.index_select(0, rows))[0]  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: [R, hidden_size] → [R, vocab_size] in float32."""
+        return self.lm_head.logits(hidden)
