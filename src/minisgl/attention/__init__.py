@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from minisgl.attention.base import AttentionBackend, ForwardBatch
 from minisgl.types import ConfigError
 
-__all__ = ["AttentionBackend", "ForwardBatch", "make_attention"]
+__all__ = ["NAMES", "AttentionBackend", "ForwardBatch", "make_attention"]
+
+NAMES = ("torch_sdpa", "triton")
 
 
 def make_attention(name: str) -> AttentionBackend:
     """The backend called `name`.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or this machine lacks what it needs.
     """
-    from minisgl.attention.torch_sdpa import TorchSDPA
+    if name == "torch_sdpa":
+        from minisgl.attention.torch_sdpa import TorchSDPA
 
-    backends: dict[str, type[AttentionBackend]] = {TorchSDPA.name: TorchSDPA}
-    if name not in backends:
-        raise ConfigError(f"attention is {name!r}; expected auto or one of: {', '.join(sorted(backends))}")
-    return backends[name]()
+        return TorchSDPA()
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError("attention triton needs the package triton; pip install triton, or use torch_sdpa")
+        from minisgl.attention.triton_paged import TritonPaged
+
+        return TritonPaged()
+    raise ConfigError(f"attention is {name!r}; expected auto or one of: {', '.join(NAMES)}")

@@ -1,0 +1,234 @@
+"""Decode attention over the paged pool in Triton: one query token a sequence.
+
+It is bound by memory: each key and each value is read once. A program takes one KV head of one sequence, and the query
+heads that share it are the rows of its matrix products. Where there are too few sequences to fill the GPU, a sequence
+is split over several programs (flash-decoding: Dao and others, 2023), and a second kernel weighs their parts.
+
+The grid and every argument follow from the batch's size and the page table's width, lengths are read on the device: a
+captured graph stays right while sequences grow.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minisgl.attention.triton_tiles import Tile
+
+MAX_PROGRAMS = 4096  # with splits; more that find nothing to do would cost more than the splits gain
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """How sequences are cut: into parts of at least `chunk` tokens, and into `most` parts at most."""
+
+    chunk: int
+    most: int
+
+    @staticmethod
+    def choose(num_seqs: int, num_kv_heads: int, max_len: int, num_sms: int) -> Splits:
+        """Parts just long enough that sequences of 1,024 tokens would put about eight programs on a multiprocessor."""
+        programs = num_seqs * num_kv_heads
+        chunk = max(32, triton.next_power_of_2(programs * 128 // num_sms))
+        return Splits(chunk, max(1, min(-(-max_len // chunk), MAX_PROGRAMS // programs)))
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Where splits leave what they computed: one entry a program."""
+
+    out: Tensor  # [MAX_PROGRAMS, group, head_dim] float32
+    lse: Tensor  # [MAX_PROGRAMS, group] float32: log2 of the sum of 2^score
+    arrived: Tensor  # [MAX_PROGRAMS] int32, zero between launches
+
+    @staticmethod
+    def allocate(group: int, head_dim: int, device: torch.device) -> Parts:
+        out = torch.empty(MAX_PROGRAMS, group, head_dim, device=device)
+        arrived = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
+        return Parts(out, torch.empty(out.shape[:2], device=device), arrived)
+
+
+# Integers and views that change from step to step must not each bring a compilation of their own.
+KEPT_GENERAL = {
+    "do_not_specialize": ["table_stride", "num_seqs", "window", "chunk", "most"],
+    "do_not_specialize_on_alignment": ["table", "lens", "starts"],
+}
+
+
+@triton.jit(**KEPT_GENERAL)
+def _decode(
+    q, q_stride, keys, values, table, table_stride, lens, out, part_out, part_lse, arrived, scale, window, chunk, most,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    PAGE: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    length = tl.load(lens + seq)
+    first, span = _span(length, window, chunk, most, TOKENS)
+    begin = first + split * span
+    end = tl.minimum(begin + span, length)
+    if (split > 0) & (begin >= length):
+        return
+    rows, dims = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
+    heads = kv_head * GROUP + rows
+    wanted = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
+    queries = tl.load(q + seq * q_stride + heads[:, None] * DIM + dims[None, :], mask=wanted, other=0.0)
+
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    row = table + seq.to(tl.int64) * table_stride
+    ahead = begin + tl.arange(0, TOKENS)
+    pages = tl.load(row + ahead // PAGE, mask=ahead < end, other=0)
+    for start in tl.range(begin, end, TOKENS):
+        places = start + tl.arange(0, TOKENS)
+        inside = places < end
+        slots = pages.to(tl.int64) * PAGE + places % PAGE
+        offsets = slots[:, None] * (KV_HEADS * DIM) + (kv_head * DIM + dims)[None, :]
+        ahead = places + TOKENS  # page ids a tile early: the loads of keys and values then depend on no other load
+        pages = tl.load(row + ahead // PAGE, mask=ahead < end, other=0)
+        seen = inside[:, None] & (dims < DIM)[None, :]
+        k = tl.load(keys + offsets, mask=seen, other=0.0)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_best[:, None])
+        fade = tl.exp2(best - new_best)
+        total = total * fade + tl.sum(weights, 1)
+        v = tl.load(values + offsets, mask=seen, other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        best = new_best
+
+    result = acc / tl.maximum(total, 1e-30)[:, None]  # an empty sequence, padding, gets zeros
+    places = (seq * KV_HEADS * GROUP + heads)[:, None] * DIM + dims[None, :]
+    if not SPLIT:
+        tl.store(out + places, result.to(out.dtype.element_ty), mask=wanted)
+    else:
+        used = tl.cdiv(length - first, span)
+        if used <= 1:
+            tl.store(out + places, result.to(out.dtype.element_ty), mask=wanted)
+        else:
+            base = (seq * KV_HEADS + kv_head) * most
+            part = (base + split) * GROUP + rows
+            tl.store(part_out + part[:, None] * DIM + dims[None, :], result, mask=wanted)
+            tl.store(part_lse + part, best + tl.log2(total), mask=rows < GROUP)
+            if FUSED:
+                tl.debug_barrier()
+                counter = arrived + seq * KV_HEADS + kv_head
+                if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
+                    for r in range(GROUP):
+                        merged = _merge(part_out, part_lse, base, used, r, GROUP, DIM, DIM_PAD)
+                        place = (seq * KV_HEADS * GROUP + kv_head * GROUP + r) * DIM + dims
+                        tl.store(out + place, merged.to(out.dtype.element_ty), mask=dims < DIM)
+                    tl.store(counter, 0)
+
+
+@triton.jit
+def _span(length, window, chunk, most, TOKENS: tl.constexpr):
+    """The first position that is seen, and the tokens of a split."""
+    first = tl.maximum(length - window, 0)
+    share = tl.cdiv(tl.cdiv(length - first, most), TOKENS) * TOKENS
+    return first, tl.maximum(share, chunk)
+
+
+@triton.jit
+def _merge(
+    part_out, part_lse, base, used, row, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr
+):  # fmt: skip
+    """The parts `base` … `base + used` of one query head, each weighed by its share of the softmax's sum: [DIM_PAD]."""
+    BLOCK: tl.constexpr = 32
+    dims = tl.arange(0, DIM_PAD)
+    best = float("-inf")
+    total = 0.0
+    acc = tl.zeros([DIM_PAD], tl.float32)
+    for start in range(0, used, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < used
+        part = (base + i) * GROUP + row
+        lse = tl.load(part_lse + part, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        seen = inside[:, None] & (dims < DIM)[None, :]
+        values = tl.load(part_out + part[:, None] * DIM + dims[None, :], mask=seen, other=0.0, cache_modifier=".cg")
+        new_best = tl.maximum(best, tl.max(lse, 0))
+        weights = tl.exp2(lse - new_best)
+        fade = tl.exp2(best - new_best)
+        total = total * fade + tl.sum(weights, 0)
+        acc = acc * fade + tl.sum(values * weights[:, None], 0)
+        best = new_best
+    return acc / total
+
+
+@triton.jit(**KEPT_GENERAL)
+def _combine(
+    lens, out, part_out, part_lse, window, chunk, most,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (head, sequence) brings the parts of a split sequence together."""
+    head, seq = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    length = tl.load(lens + seq)
+    first, span = _span(length, window, chunk, most, TOKENS)
+    used = tl.cdiv(length - first, span)
+    if used <= 1:
+        return
+    base = (seq * KV_HEADS + head // GROUP) * most
+    merged = _merge(part_out, part_lse, base, used, head % GROUP, GROUP, DIM, DIM_PAD)
+    dims = tl.arange(0, DIM_PAD)
+    tl.store(out + (seq * KV_HEADS * GROUP + head) * DIM + dims, merged.to(out.dtype.element_ty), mask=dims < DIM)
+
+
+LOG2_E = 1.4426950408889634
+
+
+def decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    out: Tensor,
+    scale: float,
+    window: int | None,
+    tile: Tile,
+    splits: Splits,
+    parts: Parts,
+    fused: bool = False,
+    pdl: bool = False,
+) -> None:
+    """Attention of one query a sequence, the last of its `lens` tokens.
+
+    Args:
+        q: [S, heads, head_dim], each row of heads contiguous.
+        keys, values: a layer of the pool, [pages, page_size, kv_heads, head_dim].
+        table: [S, P] int32 page ids, of which the first ceil(len / page_size) count.
+        lens: [S] int32.
+        out: [S, heads, head_dim], contiguous; written.
+        window: positions that a query sees, its own among them; None: all.
+        parts: scratch memory; used where `splits.most` > 1.
+    """
+    num_seqs, heads, dim = q.shape
+    _, page, kv_heads, _ = keys.shape
+    group, dim_pad = heads // kv_heads, triton.next_power_of_2(max(dim, 16))
+    window = 2**31 - 1 if window is None else window
+    launch = {"num_warps": tile.warps, "num_stages": tile.stages, **({"launch_pdl": True} if pdl else {})}
+    _decode[kv_heads, num_seqs, splits.most](
+        q, q.stride(0), keys, values, table, table.stride(0), lens, out, parts.out, parts.lse, parts.arrived,
+        scale * LOG2_E, window, splits.chunk, splits.most,
+        KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PAD=dim_pad,
+        PAGE=page, TOKENS=tile.tokens, SPLIT=splits.most > 1, FUSED=fused, PDL=pdl, **launch,
+    )  # fmt: skip
+    if splits.most > 1 and not fused:
+        _combine[heads, num_seqs](
+            lens, out, parts.out, parts.lse, window, splits.chunk, splits.most,
+            KV_HEADS=kv_heads, GROUP=group, DIM=dim, DIM_PAD=dim_pad, TOKENS=tile.tokens, PDL=pdl,
+            num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip

@@ -1,0 +1,90 @@
+"""The Triton attention backend: one kernel for a step's decodes, one for the sequences that extend.
+
+Neither asks the device for anything: what a step shares over its layers follows from the shapes of its tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from minisgl.attention.base import AttentionBackend, ForwardBatch
+from minisgl.attention.triton_decode import Parts, Splits, decode
+from minisgl.attention.triton_prefill import prefill
+from minisgl.attention.triton_tiles import decode_tile, prefill_tile
+from minisgl.types import ConfigError
+
+SMS_UNKNOWN = 128  # multiprocessors, where there's no GPU to ask: the interpreter
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The two parts of a step, decodes and extending sequences, as views of the batch's tensors."""
+
+    splits: Splits | None  # None: no decodes
+    tables: tuple[Tensor, Tensor]
+    lens: tuple[Tensor, Tensor]
+    starts: Tensor  # of the extending sequences
+    num_extend_tokens: int
+
+
+class TritonPaged(AttentionBackend):
+    """Attention on NVIDIA GPUs, in any mix of decodes and extending sequences; safe to capture in a CUDA graph.
+
+    Args:
+        splits: fixes how decodes are split; None: by the batch.
+
+    Raises:
+        ConfigError: there is no GPU for the kernels, and Triton's interpreter is off.
+    """
+
+    name = "triton"
+
+    def __init__(self, splits: Splits | None = None) -> None:
+        if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+            raise ConfigError("attention triton needs an NVIDIA GPU that torch can use; use --attention torch_sdpa")
+        self.splits = splits
+        self._parts: dict[tuple[torch.device, int, int], Parts] = {}
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        n, pool, table = batch.num_decodes, batch.pool, batch.page_table
+        splits = None
+        if n:
+            sms = torch.cuda.get_device_properties(table.device).multi_processor_count if table.is_cuda else SMS_UNKNOWN
+            longest = table.shape[1] * pool.page_size
+            splits = self.splits or Splits.choose(n, pool.num_kv_heads, longest, sms)
+        batch.plan = Plan(
+            splits,
+            (table[:n], table[n:]),
+            (batch.seq_lens[:n], batch.seq_lens[n:]),
+            batch.query_starts[n:],
+            batch.input_ids.shape[0] - n,
+        )
+
+    def forward(self, q: Tensor, layer: int, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
+        plan: Plan = batch.plan
+        n, dim = batch.num_decodes, q.shape[2]
+        if q.stride(2) != 1 or q.stride(1) != dim:
+            q = q.contiguous()
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        pool = batch.pool.k[layer], batch.pool.v[layer]
+        dim_pad = triton.next_power_of_2(dim)
+        if plan.splits is not None:
+            parts = self._scratch(q, batch.pool.num_kv_heads)
+            tile = decode_tile(dim_pad, q.dtype)
+            decode(q[:n], *pool, plan.tables[0], plan.lens[0], out[:n], scale, window, tile, plan.splits, parts)
+        if plan.num_extend_tokens:
+            tile, tokens = prefill_tile(dim_pad, q.dtype), plan.num_extend_tokens
+            prefill(q, *pool, plan.tables[1], plan.lens[1], plan.starts, tokens, out, scale, window, tile)
+        return out
+
+    def _scratch(self, q: Tensor, num_kv_heads: int) -> Parts:
+        """Allocated once: captured graphs hold its address."""
+        group, dim = q.shape[1] // num_kv_heads, q.shape[2]
+        key = q.device, group, dim
+        if key not in self._parts:
+            self._parts[key] = Parts.allocate(group, dim, q.device)
+        return self._parts[key]
