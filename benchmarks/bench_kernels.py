@@ -6,6 +6,7 @@ Times are per call from the replay of a CUDA graph over sets of arguments in rot
 exceed the L2 cache three times (cold), and over eight (x8), which small calls find in the L2 cache as they do in an
 engine, where the kernel before has just written them. The ceilings come first, measured in the same run: an empty
 kernel (launch latency, with and without programmatic dependent launch), a large copy (HBM), a copy within the L2 cache.
+The row 'copy' is a plain pointwise kernel over as many bytes: what the GPU does at that size without any indirection.
 A row's limit is the largest of launch latency, bytes / bandwidth and operations / peak rate; the fraction is that over
 the time measured.
 """
@@ -13,6 +14,10 @@ the time measured.
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +27,6 @@ import torch
 from common import append_line, environment, memory_bandwidth, spread
 
 from minisgl.kernels import nvrtc
-from minisgl.kernels import spec as spec_module
 from minisgl.kernels.nvrtc import Build
 from minisgl.kernels.spec import KernelSpec, Shape, registry
 from minisgl.kernels.tuning import Config, choose
@@ -80,6 +84,16 @@ def bounds(num_bytes: int, flops: int, ceilings: dict[str, float], warm: bool) -
     }
 
 
+def plain_copies(num_bytes: int, copies: int) -> list[Callable[[], object]]:
+    """The practical floor: a pointwise kernel of torch reads and writes as many bytes, contiguous."""
+    size = (copies, max(num_bytes // 16, 1) * 4)
+    source, target = (
+        torch.ones(size, dtype=torch.bfloat16, device="cuda"),
+        torch.empty(size, dtype=torch.bfloat16, device="cuda"),
+    )
+    return [lambda i=i: torch.neg(source[i], out=target[i]) for i in range(copies)]
+
+
 def bench_shape(
     spec: KernelSpec, shape: Shape, dtype: torch.dtype, which: str, ceilings: dict[str, float], copies: int
 ) -> list[dict[str, Any]]:
@@ -90,12 +104,13 @@ def bench_shape(
     limits = bounds(num_bytes, flops, ceilings, warm)
     limit = max(limits, key=limits.__getitem__)
     rows = []
-    for name, options in [("torch", {}), *variants(spec, which)]:
+    for name, options in [("copy", {}), ("torch", {}), *variants(spec, which)]:
         function: Callable[..., Any] = spec.library if name == "torch" else spec.run
         if not options.pop("pdl", True):
             tuned = choose(spec.name, 0, num_bytes)
             options["config"] = Config(tuned.threads, tuned.work, pdl=False)
-        us = spread(replay_us([lambda a=a, f=function, o=options: f(*a, **o) for a in inputs]))
+        calls = [lambda a=a, f=function, o=options: f(*a, **o) for a in inputs]
+        us = spread(replay_us(plain_copies(num_bytes, copies) if name == "copy" else calls))
         rows.append(
             {
                 "kernel": spec.name,
@@ -147,26 +162,30 @@ def bench_host(specs: list[KernelSpec], dtype: torch.dtype) -> dict[str, Any]:
     return out
 
 
-def bench_compile(specs: list[KernelSpec], dtype: torch.dtype) -> dict[str, float]:
-    """Seconds until every kernel has run once at every benchmark size: from an empty cache, then from the cache."""
-    import os
-    import tempfile
+def first_run(names: list[str], dtype: torch.dtype) -> float:
+    """Seconds until every kernel has run at every benchmark size, in this process, from importing the compiler on."""
+    specs = [registry()[name] for name in names]
+    inputs = [(s, rotated_inputs(s, {**shape, "vocab": 1024}, dtype, 1)[0]) for s in specs for shape in s.bench]
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for spec, args in inputs:
+        spec.run(*args)
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
 
+
+def bench_compile(names: list[str], dtype: str) -> dict[str, float]:
+    """`first_run` of a fresh process with an empty cache of compiled kernels, then of one that finds them there."""
     seconds = {}
-    inputs = [(s, rotated_inputs(s, shape, dtype, 1)[0]) for s in specs for shape in s.bench]
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["MINISGL_CACHE"] = folder
+        command = [sys.executable, __file__, "--first-run", "--kernels", ",".join(names), "--dtype", dtype]
         for name in ("first compile", "from cache"):
-            nvrtc.load.cache_clear()
-            spec_module.launcher.cache_clear()
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for spec, args in inputs:
-                spec.run(*args)
-            torch.cuda.synchronize()
-            seconds[name] = time.perf_counter() - began
-        print(f"compile: {seconds}, {len(list(Path(folder).rglob('*.cubin')))} cubins")
-        del os.environ["MINISGL_CACHE"]
+            done = subprocess.run(
+                command, env={**os.environ, "MINISGL_CACHE": folder}, check=True, capture_output=True, text=True
+            )
+            seconds[name] = float(done.stdout)
+        cubins = len(list(Path(folder).rglob("*.cubin")))
+    print(f"compile: {cubins} cubins, " + ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items()))
     return seconds
 
 
@@ -177,16 +196,20 @@ def main() -> None:
     parser.add_argument("--tokens", help="rows, with commas between (default: the kernel's own)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--no-host", action="store_true", help="leave out host and compile times")
+    parser.add_argument("--first-run", action="store_true", help="only print the seconds until every kernel has run")
     parser.add_argument("--no-save", action="store_true", help="don't append to results/kernels.jsonl")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels.py measures CUDA kernels: torch sees no NVIDIA GPU")
     dtype = getattr(torch, args.dtype)
     names = args.kernels.split(",") if args.kernels else list(registry())
+    if args.first_run:
+        print(first_run(names, dtype))
+        return
     specs = [registry()[name] for name in names]
     record: dict[str, Any] = {"benchmark": "kernels", **environment("cuda"), "ceilings": measure_ceilings()}
     if not args.no_host:
-        record |= {"host_us": bench_host(specs, dtype), "compile_s": bench_compile(specs, dtype)}
+        record |= {"host_us": bench_host(specs, dtype), "compile_s": bench_compile(names, args.dtype)}
     record["rows"] = []
     for spec in specs:
         for shape in spec.bench:

@@ -38,6 +38,10 @@ template <int kBytes> using Vec = typename VecOf<kBytes>::type;  // what one ins
 template <typename V> __device__ inline V load_const(const V* p) { return __ldg(p); }
 template <typename V> __device__ inline V load(const V* p) { return __ldcg(p); }
 
+// Brings an address into L2. Allowed before pdl::wait() even for activations: nothing is read, and a later write of
+// theirs meets the line in L2, where every multiprocessor sees it.
+__device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // N values of T that move as one vector.
 template <typename T, int N> struct alignas(sizeof(T) * N) Pack {
   T v[N];

@@ -11,6 +11,7 @@ extern "C" __global__ void index_v2(char* out, int64 out_stride, const char* tab
   const int64 row = group / kPieces;
   const int first = group % kPieces * (LANES * WORK) + thread % LANES;
   pdl::trigger();
+  if (row < tokens) prefetch(ids + row);
   pdl::wait();
   if (row >= tokens) return;
   const int64 id = ids[row] - start;
