@@ -107,6 +107,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--dummy-weights", action="store_true", help="random weights of the model's shape")
     parser.add_argument("--no-overlap", action="store_true")
+    parser.add_argument("--no-cuda-graph", action="store_true")
+    parser.add_argument("--attention", default="auto")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--context", type=int, default=128, help="tokens before each decoded one (default: 128)")
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed (default: 32)")
@@ -120,6 +122,8 @@ def main() -> None:
         dtype=args.dtype,
         dummy_weights=args.dummy_weights,
         overlap=not args.no_overlap,
+        cuda_graph=not args.no_cuda_graph,
+        attention=args.attention,
         max_running=max(args.batches),
         max_batched_tokens=max(2048, *args.batches),
     )
@@ -128,9 +132,7 @@ def main() -> None:
     bandwidth = memory_bandwidth(device)
     weights, per_token = weight_bytes(engine), kv_bytes(engine)
     print(f"{environment(device)['hardware']}: memory bandwidth {bandwidth / 1e9:.1f} GB/s measured")
-    print(
-        f"{args.model}, {engine.config.dtype}: a step reads {weights / 1e6:.0f} MB of weights, {per_token} B of KV a token"
-    )
+    print(f"{args.model}, {engine.config.dtype}: {weights / 1e6:.0f} MB of weights, {per_token} B of KV a token")
     rows = []
     for batch in args.batches:
         value = spread(bench_decode(engine, batch, args.context, args.steps))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,9 +42,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chec
     return get
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def _cuda(**options: str) -> Any:
+    return pytest.param({"device": "cuda"} | options, marks=pytest.mark.cuda, id=f"cuda-{options['attention']}")
+
+
+@pytest.fixture(
+    params=[pytest.param({"device": "cpu"}, id="cpu"), _cuda(attention="torch_sdpa"), _cuda(attention="triton")]
+)
+def device(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Where to run; with Triton's attention, decodes are replayed as CUDA graphs."""
+    options: dict[str, str] = request.param
+    return options | {"dtype": "float32"}
 
 
 every_route = pytest.mark.parametrize("family", FAMILIES)
@@ -55,12 +64,10 @@ PAGES = pytest.mark.parametrize("page_size", [1, 16])
 @LAGS
 @PAGES
 def test_engine_one_shot_and_prefix_hit(
-    checkpoint: Callable[[str], Checkpoint], device: str, family: str, overlap: bool, page_size: int
+    checkpoint: Callable[[str], Checkpoint], device: dict[str, str], family: str, overlap: bool, page_size: int
 ) -> None:
     folder, expected = checkpoint(family)
-    driver = Driver(
-        folder, device=device, dtype="float32", page_size=page_size, overlap=overlap, max_batched_tokens=512
-    )
+    driver = Driver(folder, **device, page_size=page_size, overlap=overlap, max_batched_tokens=512)
     first = driver.ask(PROMPT, PARAMS)
     assert max(map(max, driver.batches)) == len(PROMPT), "the prompt was computed at once"
     second = driver.ask(PROMPT, PARAMS)
@@ -75,14 +82,13 @@ def test_engine_one_shot_and_prefix_hit(
 @LAGS
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_engine_chunked_prefill(
-    checkpoint: Callable[[str], Checkpoint], device: str, family: str, overlap: bool, chunk: int
+    checkpoint: Callable[[str], Checkpoint], device: dict[str, str], family: str, overlap: bool, chunk: int
 ) -> None:
     folder, expected = checkpoint(family)
     page_size = 16 if chunk != 7 else 1
     driver = Driver(
         folder,
-        device=device,
-        dtype="float32",
+        **device,
         page_size=page_size,
         overlap=overlap,
         max_batched_tokens=chunk,
@@ -99,13 +105,12 @@ def test_engine_chunked_prefill(
 @LAGS
 @PAGES
 def test_engine_batched_with_others(
-    checkpoint: Callable[[str], Checkpoint], device: str, family: str, overlap: bool, page_size: int
+    checkpoint: Callable[[str], Checkpoint], device: dict[str, str], family: str, overlap: bool, page_size: int
 ) -> None:
     folder, expected = checkpoint(family)
     driver = Driver(
         folder,
-        device=device,
-        dtype="float32",
+        **device,
         page_size=page_size,
         overlap=overlap,
         max_batched_tokens=100,
@@ -126,14 +131,13 @@ def test_engine_batched_with_others(
 @LAGS
 @PAGES
 def test_engine_preempted_and_resumed(
-    checkpoint: Callable[[str], Checkpoint], device: str, family: str, overlap: bool, page_size: int
+    checkpoint: Callable[[str], Checkpoint], device: dict[str, str], family: str, overlap: bool, page_size: int
 ) -> None:
     folder, expected = checkpoint(family)
     num_tokens = 2 * len(PROMPT) + NUM_OUTPUT  # two prompts fit, two answers don't
     driver = Driver(
         folder,
-        device=device,
-        dtype="float32",
+        **device,
         page_size=page_size,
         overlap=overlap,
         max_batched_tokens=512,

@@ -42,6 +42,7 @@ class TritonPaged(AttentionBackend):
     """
 
     name = "triton"
+    capturable = True
 
     def __init__(self, splits: Splits | None = None) -> None:
         if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
