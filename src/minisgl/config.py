@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minisgl.hardware import Hardware
@@ -11,6 +11,7 @@ from minisgl.types import ConfigError
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 POLICIES = ("fcfs", "lpm")
+SAMPLING_DEFAULTS = ("model", "neutral")
 DEFAULT_MODEL = "smollm2"
 
 
@@ -62,12 +63,24 @@ class ServerConfig:
     port: int = 1919
     served_model_name: str | None = None  # None: the model as given to --model
     max_queue: int = 1024  # requests waiting or running, at most
+    api_key: str | None = field(default=None, repr=False)
+    cors: str | None = None  # origins, by commas, whose pages may call; * for any
+    client_timeout: float = 30.0  # seconds for a client to send a request, and for leaving an answer unread
+    drain_timeout: float = 60.0  # seconds that answers under way have to end when the server is told to
+    sampling_defaults: str = "model"  # for what a request doesn't say: the model's own values, or neutral ones
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; expected 0 (any free one) to 65535")
         if self.max_queue < 1:
             raise ConfigError(f"max-queue is {self.max_queue}; expected at least 1")
+        if self.api_key == "":
+            raise ConfigError("api-key is empty; leave it out to serve without a key")
+        for name in ("client_timeout", "drain_timeout"):
+            if not 0 < getattr(self, name) < 1e6:
+                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; expected seconds above 0")
+        if self.sampling_defaults not in SAMPLING_DEFAULTS:
+            raise ConfigError(f"sampling-defaults is {self.sampling_defaults!r}; expected model or neutral")
 
 
 def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
@@ -98,6 +111,9 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
             "a step must have room for one token of every running request"
         )
     changes["max_running"], changes["max_batched_tokens"] = running, batched
+    cpu_kernels = device == "cpu" and changes.get("dtype", config.dtype) == "float32" and hardware.extension
     if config.attention == "auto":
-        changes["attention"] = "torch_sdpa"
+        changes["attention"] = "cpu" if cpu_kernels else "torch_sdpa"
+    if config.attention == "cpu" and not cpu_kernels:
+        raise ConfigError("attention cpu needs device cpu, dtype float32 and the C++ extension; use torch_sdpa")
     return replace(config, **changes)

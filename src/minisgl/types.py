@@ -127,7 +127,7 @@ class SamplingParams:
         r = self.repetition_penalty
         _require(r is None or (_is_real(r) and r > 0), "repetition_penalty", r, "a number above 0")
         k = self.top_k
-        _require(k is None or (_is_int(k) and k >= 0), "top_k", k, "a whole number; 0 or -1 turns it off")
+        _require(k is None or (_is_int(k) and 0 <= k < 2**31), "top_k", k, "a whole number below 2^31; 0 or -1 is off")
 
     def _check_tokens(self) -> None:
         m = self.max_tokens

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from minisgl.config import DEVICES, DTYPES, POLICIES, EngineConfig, ServerConfig
+from minisgl.config import DEVICES, DTYPES, POLICIES, SAMPLING_DEFAULTS, EngineConfig, ServerConfig
 
 Config = TypeVar("Config", EngineConfig, ServerConfig)
 
@@ -58,6 +59,15 @@ SERVER_OPTIONS = {
     "port": Option("--port", "port to listen on; 0: any free one", int, metavar="N"),
     "served_model_name": Option("--served-model-name", "the model's name over HTTP; default: as given to --model"),
     "max_queue": Option("--max-queue", "requests waiting or running, at most; beyond it: 503", int, metavar="N"),
+    "api_key": Option("--api-key", "asked of every request but /health; default: MINISGL_API_KEY, if it is set"),
+    "cors": Option("--cors", "origins, by commas, whose web pages may call; * for any", metavar="ORIGINS"),
+    "client_timeout": Option(
+        "--client-timeout", "seconds to send a request in, and to leave an answer unread", float, metavar="S"
+    ),
+    "drain_timeout": Option("--drain-timeout", "seconds for answers under way after SIGTERM", float, metavar="S"),
+    "sampling_defaults": Option(
+        "--sampling-defaults", "for what a request doesn't say: the model's, or neutral", choices=SAMPLING_DEFAULTS
+    ),
 }
 
 
@@ -78,7 +88,9 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 
 
 def server_config(args: argparse.Namespace) -> ServerConfig:
-    return ServerConfig(**{name: getattr(args, name) for name in SERVER_OPTIONS})
+    """`engine_config` for the server. The key may come from the environment, where `ps` doesn't show it."""
+    given = {name: getattr(args, name) for name in SERVER_OPTIONS}
+    return ServerConfig(**given | {"api_key": args.api_key or os.environ.get("MINISGL_API_KEY")})
 
 
 def _add(group: Any, config: type[Config], options: dict[str, Option]) -> None:

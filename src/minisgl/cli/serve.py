@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from minisgl.server.service import Service
 
 HELP = "Serve a model over HTTP, with the OpenAI API."
+BATCHED_TOKENS = 2048
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     engine, server = options.engine_config(args), options.server_config(args)
+    if engine.max_batched_tokens is None:  # fewer than offline: a step must not hold up the streams for long
+        engine = replace(engine, max_batched_tokens=max(BATCHED_TOKENS, engine.max_running or 0))
     with bind(server) as listener:
         path = resolve_model(engine.model)
 

@@ -58,7 +58,7 @@ class GenerationResponse(Response):
             wholes[index] = merge(wholes[index], delta) if index in wholes else delta
         choices = [self._format.choice(i, whole) for i, whole in sorted(wholes.items())]
         body = msgspec.json.encode(self._answer(self._format.object, choices, self._usage.total()))
-        await _start(send, b"application/json", len(body))
+        await self._start(send, b"application/json", (b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.body", "body": body})
 
     async def _send_events(self, stream: Stream, send: Send) -> None:
@@ -66,7 +66,7 @@ class GenerationResponse(Response):
         try:
             async for event in self._events(stream):
                 if not started:
-                    await _start(send, b"text/event-stream; charset=utf-8")
+                    await self._start(send, b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
                     started = True
                 await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True})
         except MinisglError as error:
@@ -86,6 +86,10 @@ class GenerationResponse(Response):
         if self._job.include_usage:
             yield encoder.encode(self._answer(self._format.chunk_object, [], self._usage.total()))
         yield b"[DONE]"
+
+    async def _start(self, send: Send, content_type: bytes, header: tuple[bytes, bytes]) -> None:
+        headers = [(b"content-type", content_type), (b"x-request-id", self._job.id.encode()), header]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
 
     def _answer(self, object: str, choices: list[Any], usage: Usage | None | msgspec.UnsetType) -> Answer:
         return Answer(self._job.id, object, self._created, self._job.model, choices, usage)
@@ -127,12 +131,3 @@ async def until_disconnect(receive: Receive, work: Awaitable[None]) -> None:
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _start(send: Send, content_type: bytes, length: int | None = None) -> None:
-    headers = [(b"content-type", content_type)]
-    if length is not None:
-        headers.append((b"content-length", str(length).encode()))
-    else:
-        headers.append((b"cache-control", b"no-cache"))
-    await send({"type": "http.response.start", "status": 200, "headers": headers})

@@ -3,26 +3,60 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Any
 
+import msgspec
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from minisgl.server.answer import GenerationResponse
-from minisgl.server.errors import NotFoundError, install_handlers, json_response
+from minisgl.server.errors import ErrorBody, NotFoundError, install_handlers, json_response
 from minisgl.server.formats import ChatFormat, CompletionFormat
+from minisgl.server.gate import Gate
 from minisgl.server.jobs import chat_job, completion_job
-from minisgl.server.protocol import ChatCompletionRequest, CompletionRequest
-from minisgl.server.responses import ModelCard, ModelList
+from minisgl.server.jobs import detokenize as detokenize_ids
+from minisgl.server.jobs import tokenize as tokenize_text
+from minisgl.server.protocol import (
+    AbortRequest,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from minisgl.server.responses import Aborted, Answer, Detokenized, Health, ModelCard, ModelList, Tokens
 from minisgl.server.service import Service
 
-router = APIRouter()
+_TYPES = (Aborted, Answer, Detokenized, ErrorBody, Health, ModelCard, ModelList, Tokens)
+_SCHEMAS, _COMPONENTS = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
+
+
+def _answers(kind: type, stream: bool = False) -> dict[int | str, dict[str, Any]]:
+    """What a route answers, for the OpenAPI document."""
+    content: dict[str, Any] = {"application/json": {"schema": _SCHEMAS[_TYPES.index(kind)]}}
+    return {200: {"content": content | ({"text/event-stream": {}} if stream else {})}}
+
+
+_failed = {"content": {"application/json": {"schema": _SCHEMAS[_TYPES.index(ErrorBody)]}}}
+router = APIRouter(
+    responses={"4XX": {"description": "Refused", **_failed}, "5XX": {"description": "Failed", **_failed}}
+)
 
 
 def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="minisgl", description="An OpenAI-compatible server for one model.")
     app.state.service = service
     app.include_router(router)
+    app.add_middleware(Gate, api_key=service.config.api_key)
+    if service.config.cors is not None:
+        origins = [origin.strip() for origin in service.config.cors.split(",")]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     install_handlers(app)
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    document["components"]["schemas"] |= _COMPONENTS
+    app.openapi_schema = document
     return app
 
 
@@ -31,27 +65,45 @@ def _service(request: Request) -> Service:
     return service
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=_answers(Answer, stream=True))
 async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
     """Answers a conversation."""
     job = await chat_job(_service(request), body)
-    return GenerationResponse(job, ChatFormat(job.backend.text))
+    return GenerationResponse(job, ChatFormat(job))
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=_answers(Answer, stream=True))
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continues one prompt or several."""
     job = await completion_job(_service(request), body)
-    return GenerationResponse(job, CompletionFormat(job.backend.text))
+    return GenerationResponse(job, CompletionFormat(job))
 
 
-@router.get("/v1/models")
+@router.post("/tokenize", responses=_answers(Tokens))
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+    """The token ids of a text, or of a conversation as the model's template renders it."""
+    return json_response(await tokenize_text(_service(request), body))
+
+
+@router.post("/detokenize", responses=_answers(Detokenized))
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+    """The text of token ids."""
+    return json_response(await detokenize_ids(_service(request), body))
+
+
+@router.post("/abort", responses=_answers(Aborted))
+async def abort(body: AbortRequest, request: Request) -> Response:
+    """Ends an answer under way; what there is of it goes to its client, with the finish reason abort."""
+    return json_response(Aborted(_service(request).backend().client.abort(body.request_id)))
+
+
+@router.get("/v1/models", responses=_answers(ModelList))
 async def models(request: Request) -> Response:
     """The one model that is served."""
     return json_response(ModelList([_card(_service(request))]))
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", responses=_answers(ModelCard))
 async def model(model: str, request: Request) -> Response:
     """The model, if it is the one that is served."""
     service = _service(request)
@@ -60,12 +112,19 @@ async def model(model: str, request: Request) -> Response:
     return json_response(_card(service))
 
 
-@router.get("/health")
+@router.get("/health", responses=_answers(Health))
 async def health(request: Request) -> Response:
     """200 when requests are served, 503 before and after."""
     report = _service(request).health()
     ok = report.status == "ok"
     return json_response(report, HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+@router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
+async def metrics(request: Request) -> Response:
+    """Figures for Prometheus."""
+    registry = _service(request).backend().client.metrics.registry
+    return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 def _card(service: Service) -> ModelCard:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import zmq
 import zmq.asyncio
 
 from minisgl import messages
+from minisgl.server.metrics import Metrics
 from minisgl.server.stream import Stream
 from minisgl.text.output import OutputProcessor
-from minisgl.types import EngineDeadError, MinisglError, OverloadedError, RequestError, SamplingParams
+from minisgl.types import EngineDeadError, FinishReason, MinisglError, OverloadedError, RequestError, SamplingParams
 
 LAST_WORDS_S = 0.2  # what an engine said before it died arrives within this time
 LINGER_MS = 200  # for the message that ends the engine
@@ -32,6 +34,16 @@ class EngineHandle(Protocol):
     def exit_text(self) -> str: ...
 
 
+@dataclass(slots=True)
+class _Sequence:
+    """An answer under way: who reads it, its place among the answers of its request, and when it last gained."""
+
+    stream: Stream
+    index: int
+    since: float = field(default_factory=time.perf_counter)
+    begun: bool = False
+
+
 class AsyncEngineClient:
     """Talks to one engine process. Create, use and close it inside one event loop, with `run` as a task beside.
 
@@ -45,11 +57,12 @@ class AsyncEngineClient:
         self._engine = engine
         self._processor = processor
         self._max_queue = max_queue
-        self._streams: dict[str, tuple[Stream, int]] = {}  # request id → its stream and place there
+        self._open: dict[str, _Sequence] = {}  # by the id that the engine knows
         self._outbox: list[messages.Command] = []
         self._failure: MinisglError | None = None
         self.ready: asyncio.Future[messages.EngineReady] = asyncio.get_running_loop().create_future()
         self.stats = messages.EngineStats()
+        self.metrics = Metrics(lambda: self.stats)
         self._context = zmq.Context()
         self._outputs = zmq.asyncio.Socket(self._context, zmq.PULL)
         self._outputs.set_hwm(0)
@@ -61,7 +74,7 @@ class AsyncEngineClient:
     @property
     def num_open(self) -> int:
         """Sequences that haven't ended."""
-        return len(self._streams)
+        return len(self._open)
 
     @contextmanager
     def generate(
@@ -85,20 +98,31 @@ class AsyncEngineClient:
         stream = Stream(len(ids))
         try:
             for index, sequence in enumerate(ids):
-                prompt, own = prompts[index // params.n], _own_params(params, index % params.n)
+                prompt, own = prompts[index // params.n], params.nth(index % params.n)
                 self._processor.add(sequence, prompt, own)
-                self._streams[sequence] = (stream, index)
+                self._open[sequence] = _Sequence(stream, index)
                 self._push(messages.AddRequest(sequence, messages.pack_ids(list(prompt)), own, priority))
             yield stream
         finally:
-            for index in stream.open:
+            for index in tuple(stream.open):
                 self._abort(ids[index])
+
+    def abort(self, request_id: str) -> int:
+        """Ends what still runs of a request of `generate`, with finish reason ABORT.
+
+        Returns:
+            The number of sequences ended; 0 for a request that has ended, or never was.
+        """
+        ids = [sequence for sequence in self._open if sequence.rpartition("-")[0] == request_id]
+        for sequence in ids:
+            self._abort(sequence)
+        return len(ids)
 
     def fail(self, error: MinisglError) -> None:
         """Ends every stream with `error` and lets no new one in."""
         self._failure = self._failure or error
-        for stream, _ in self._streams.values():
-            stream.fail(error)
+        for sequence in self._open.values():
+            sequence.stream.fail(error)
 
     async def run(self) -> None:
         """Delivers outputs until the engine ends, which it raises.
@@ -137,8 +161,10 @@ class AsyncEngineClient:
             raise OverloadedError(f"{self.num_open} requests are waiting or running, as many as allowed; try later")
 
     def _abort(self, sequence: str) -> None:
-        self._streams.pop(sequence, None)
-        self._processor.abort(sequence)
+        own, delta = self._open.pop(sequence, None), self._processor.abort(sequence)
+        if own is not None and delta is not None:
+            own.stream.put(own.index, delta)
+            self.metrics.ended(FinishReason.ABORT)
         self._push(messages.AbortRequest(sequence))
 
     def _push(self, command: messages.Command) -> None:
@@ -180,14 +206,10 @@ class AsyncEngineClient:
         for sequence in stopped:
             self._push(messages.FinishRequest(sequence))
         for delta in deltas:
-            stream, index = self._streams[delta.request_id]
+            own = self._open[delta.request_id]
+            if delta.token_ids:
+                own.since, own.begun = self.metrics.token(own.since, not own.begun), True
             if delta.finish_reason is not None:
-                del self._streams[delta.request_id]
-            stream.put(index, delta)
-
-
-def _own_params(params: SamplingParams, answer: int) -> SamplingParams:
-    """Those of one answer: the others of the same prompt draw other noise."""
-    if params.n == 1:
-        return params
-    return replace(params, n=1, seed=None if params.seed is None else params.seed + answer)
+                del self._open[delta.request_id]
+                self.metrics.ended(delta.finish_reason)
+            own.stream.put(own.index, delta)

@@ -18,7 +18,36 @@ RETRY_AFTER_S = 1
 
 
 class NotFoundError(RequestError):
-    """A model that isn't served here (HTTP 404)."""
+    """A model that isn't served here."""
+
+
+class ContextLengthError(RequestError):
+    """A prompt or an answer beyond the model's context."""
+
+
+class UnauthorizedError(RequestError):
+    """A request without the right key."""
+
+
+class TooLargeError(RequestError):
+    """A body beyond the limit."""
+
+
+# Status and OpenAI's code of each error; the nearest base class counts.
+_STATUS: dict[type, tuple[HTTPStatus, str | None]] = {
+    NotFoundError: (HTTPStatus.NOT_FOUND, "model_not_found"),
+    ContextLengthError: (HTTPStatus.BAD_REQUEST, "context_length_exceeded"),
+    UnauthorizedError: (HTTPStatus.UNAUTHORIZED, "invalid_api_key"),
+    TooLargeError: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "request_too_large"),
+    RequestError: (HTTPStatus.BAD_REQUEST, None),
+    OverloadedError: (HTTPStatus.SERVICE_UNAVAILABLE, "overloaded"),
+    EngineDeadError: (HTTPStatus.SERVICE_UNAVAILABLE, "engine_unavailable"),
+    Exception: (HTTPStatus.INTERNAL_SERVER_ERROR, None),
+}
+_HEADERS = {
+    HTTPStatus.SERVICE_UNAVAILABLE: {"Retry-After": str(RETRY_AFTER_S)},
+    HTTPStatus.UNAUTHORIZED: {"WWW-Authenticate": "Bearer"},
+}
 
 
 class ErrorDetail(msgspec.Struct):
@@ -36,22 +65,13 @@ class ErrorBody(msgspec.Struct):
 
 def describe(error: Exception) -> tuple[HTTPStatus, ErrorBody]:
     """Status and body for `error`; the text of errors that aren't ours stays in the log."""
-    code: str | None = None
-    match error:
-        case NotFoundError():
-            status, code = HTTPStatus.NOT_FOUND, "model_not_found"
-        case RequestError():
-            status = HTTPStatus.BAD_REQUEST
-        case OverloadedError():
-            status, code = HTTPStatus.SERVICE_UNAVAILABLE, "overloaded"
-        case EngineDeadError():
-            status, code = HTTPStatus.SERVICE_UNAVAILABLE, "engine_unavailable"
-        case _:
-            status = HTTPStatus.INTERNAL_SERVER_ERROR
-    ours = isinstance(error, MinisglError)
+    if isinstance(error, RecursionError):
+        error = RequestError("the request is nested too deeply")
+    status, code = next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
+    text = str(error) if isinstance(error, MinisglError) else "internal error, see the log"
+    text = text.encode(errors="replace").decode()  # it may quote half a surrogate pair
     kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-    param = error.param if isinstance(error, RequestError) else None
-    return status, ErrorBody(ErrorDetail(str(error) if ours else "internal error, see the log", kind, param, code))
+    return status, ErrorBody(ErrorDetail(text, kind, getattr(error, "param", None), code))
 
 
 def json_response(body: msgspec.Struct, status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Response:
@@ -60,14 +80,14 @@ def json_response(body: msgspec.Struct, status: int = HTTPStatus.OK, headers: di
 
 def error_response(error: Exception) -> Response:
     status, body = describe(error)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
-    return json_response(body, status, headers)
+    return json_response(body, status, _HEADERS.get(status))
 
 
 def install_handlers(app: FastAPI) -> None:
     """Gives `app` one answer format for every error."""
     handlers: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
         MinisglError: _on_error,
+        RecursionError: _on_error,
         Exception: _on_error,
         HTTPException: _on_http_error,
         RequestValidationError: _on_invalid,
@@ -81,7 +101,8 @@ async def _on_error(_: Request, error: Exception) -> Response:
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    cause = f" ({error.__cause__})" if error.__cause__ else ""  # why a body can't be read, such as its depth
+    message = f"{request.method} {request.scope['path']}: {error.detail}{cause}"
     body = ErrorBody(ErrorDetail(message, "invalid_request_error"))
     return json_response(body, error.status_code, dict(error.headers or {}))
 

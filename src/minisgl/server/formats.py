@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from minisgl.server.jobs import Job
 from minisgl.server.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -26,8 +27,8 @@ class ChatFormat:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, text: Text) -> None:
-        self._text = text
+    def __init__(self, job: Job) -> None:
+        self._text = job.backend.text
         self._begun: set[int] = set()  # sequences that have sent their role
 
     def choice(self, index: int, whole: TextDelta) -> ChatChoice:
@@ -62,37 +63,45 @@ class ChatFormat:
 
 
 class CompletionFormat:
-    """text_completion, whole or in chunks."""
+    """text_completion, whole or in chunks. What `echo` asks for comes with the first of them."""
 
     object = chunk_object = "text_completion"
 
-    def __init__(self, text: Text) -> None:
-        self._text = text
+    def __init__(self, job: Job) -> None:
+        self._text = job.backend.text
+        self._job = job
         self._offsets: dict[int, int] = {}  # characters of the tokens told so far, by sequence
 
     def choice(self, index: int, whole: TextDelta) -> CompletionChoice:
-        return CompletionChoice(index, whole.text, self._logprobs(index, whole.logprobs), _reason(whole))
+        text, logprobs = whole.text, CompletionLogprobs()
+        prompt = index // self._job.params.n
+        if self._job.echo and index not in self._offsets:
+            text = self._job.echo[prompt] + text
+            if self._job.params.prompt_logprobs:
+                self._add(logprobs, index, self._job.prompts[prompt][0])  # has nothing before it to depend on
+        for token in (*whole.prompt_logprobs, *whole.logprobs):
+            self._add(logprobs, index, token.token_id, token)
+        self._offsets.setdefault(index, 0)
+        return CompletionChoice(index, text, logprobs if logprobs.tokens else None, _reason(whole))
 
     def chunks(self, index: int, delta: TextDelta) -> list[CompletionChoice]:
-        if not (delta.text or delta.logprobs or delta.finish_reason):
-            return []
-        return [self.choice(index, delta)]
+        if delta.text or delta.logprobs or delta.prompt_logprobs or delta.finish_reason:
+            return [self.choice(index, delta)]
+        return []
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> CompletionLogprobs | None:
-        if not tokens:
-            return None
-        result = CompletionLogprobs([], [], [], [])
-        offset = self._offsets.get(index, 0)
-        for token in tokens:
-            result.tokens.append(self._token(token.token_id))
-            result.token_logprobs.append(max(token.logprob, MIN_LOGPROB))
-            result.top_logprobs.append({self._token(id): max(logprob, MIN_LOGPROB) for id, logprob in token.top})
-            result.text_offset.append(offset)
-            offset += len(_bytes(self._text, token.token_id).decode("utf-8", "replace"))
-        self._offsets[index] = offset
-        return result
+    def _add(self, logprobs: CompletionLogprobs, index: int, token_id: int, token: TokenLogprob | None = None) -> None:
+        name, offset = self._name(token_id), self._offsets.get(index, 0)
+        value, top = None, None
+        if token is not None:
+            value = max(token.logprob, MIN_LOGPROB)
+            top = {self._name(id): max(logprob, MIN_LOGPROB) for id, logprob in token.top} | {name: value}
+        logprobs.tokens.append(name)
+        logprobs.token_logprobs.append(value)
+        logprobs.top_logprobs.append(top)
+        logprobs.text_offset.append(offset)
+        self._offsets[index] = offset + len(_bytes(self._text, token_id).decode("utf-8", "replace"))
 
-    def _token(self, token_id: int) -> str:
+    def _name(self, token_id: int) -> str:
         """The token's text; its bytes, spelt out, if they are no text by themselves: keys must not collide."""
         data = _bytes(self._text, token_id)
         try:

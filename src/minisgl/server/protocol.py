@@ -13,13 +13,17 @@ from minisgl.types import RequestError, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-_SAMPLING_FIELDS = [field.name for field in dataclasses.fields(SamplingParams)]
+_SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
+_MAX_WARNINGS = 100  # clients choose the names
+
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what a message to the engine can hold
 
 # Fields that aren't supported, each with the test of whether its value asks for something.
 _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("audio", "echo", "functions", "guided_json", "prediction", "suffix", "tools"), bool),
     "best_of": lambda v: v not in (None, 1),
     "function_call": lambda v: v not in (None, "none"),
+    "prompt_logprobs": lambda v: v not in (None, False),  # text completions have echo with logprobs
     "modalities": lambda v: v not in (None, ["text"]),
     "response_format": lambda v: v not in (None, {"type": "text"}),
     "tool_choice": lambda v: v not in (None, "none", "auto"),
@@ -46,24 +50,24 @@ class GenerationRequest(_Schema):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    max_tokens: int | None = None
+    n: Int64 | None = None
+    max_tokens: Int64 | None = None
     temperature: float | None = None
     top_p: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    seed: Int64 | None = None
+    stop: str | Annotated[list[str], Field(max_length=64)] | None = None  # each costs time on every token
     # Beyond OpenAI's:
-    top_k: int | None = None
+    top_k: Int64 | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    min_tokens: Int64 | None = None
+    stop_token_ids: list[Int64] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    priority: int | None = None
+    priority: Int64 | None = None
 
     def check_fields(self) -> None:
         """Refuses fields that would change the answer but aren't supported; notes unknown ones once in the log.
@@ -76,7 +80,7 @@ class GenerationRequest(_Schema):
             if asked is not None:
                 if asked(value):
                     raise RequestError(f"{name} is not supported by this server; leave it out", name)
-            elif name not in _WITHOUT_EFFECT and name not in _warned:
+            elif name not in _WITHOUT_EFFECT | _warned and len(_warned) < _MAX_WARNINGS:
                 _warned.add(name)
                 logger.warning("ignoring the unknown request field %r (said once)", name[:100])
 
@@ -85,7 +89,8 @@ class GenerationRequest(_Schema):
         Raises:
             RequestError: a value out of range, naming the field.
         """
-        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name, None)) is not None}
+        fields = _SAMPLING_FIELDS & type(self).model_fields.keys()
+        given = {name: value for name in fields if (value := getattr(self, name)) is not None}
         return SamplingParams(**{**given, **self._own_params(), "logit_bias": self._logit_bias()})
 
     def _own_params(self) -> dict[str, Any]:
@@ -125,15 +130,33 @@ class Message(_Schema):
         return self.content or ""
 
 
-class ChatCompletionRequest(GenerationRequest):
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+class _Rendered(_Schema):
+    """How messages become a prompt."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+
+    def template_options(self) -> dict[str, Any]:
+        """
+        Raises:
+            RequestError: a variable of the template that has a field of its own.
+        """
+        options = self.chat_template_kwargs or {}
+        if reserved := options.keys() & {"messages", "tools"}:
+            raise RequestError(f"chat_template_kwargs may not set {', '.join(reserved)}", "chat_template_kwargs")
+        return {"add_generation_prompt": self.add_generation_prompt is not False, **options}
+
+
+class ChatCompletionRequest(GenerationRequest, _Rendered):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    messages: Messages
+    max_completion_tokens: Int64 | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool = True
+    top_logprobs: Int64 | None = None
 
     def _own_params(self) -> dict[str, Any]:
         if self.top_logprobs and not self.logprobs:
@@ -153,12 +176,38 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[int], Field(min_length=1, fail_fast=True)]
         | Annotated[list[list[int]], Field(min_length=1, fail_fast=True)]
     )
-    logprobs: int | None = None
+    logprobs: Int64 | None = None
+    echo: bool | None = None
 
     def _own_params(self) -> dict[str, Any]:
-        return {} if self.logprobs is None else {"logprobs": True, "top_logprobs": self.logprobs}
+        if self.logprobs is None:
+            return {}
+        return {"logprobs": True, "top_logprobs": self.logprobs, "prompt_logprobs": bool(self.echo)}
 
     def texts_or_ids(self) -> list[str] | list[list[int]]:
         """One entry a prompt."""
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+class TokenizeRequest(_Rendered):
+    """Body of POST /tokenize: a text, or the messages of a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None  # null: as generation does
+
+
+class DetokenizeRequest(_Schema):
+    """Body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[Int64]
+    skip_special_tokens: bool = False
+
+
+class AbortRequest(_Schema):
+    """Body of POST /abort: the `id` of an answer."""
+
+    request_id: str

@@ -39,12 +39,12 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """Parallel lists over tokens; `text_offset` counts characters from the start of the answer."""
+    """Parallel lists over tokens, null at an echoed prompt's first; `text_offset` is in characters of the text."""
 
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
+    text_offset: list[int] = []
 
 
 class ChatMessage(msgspec.Struct, omit_defaults=True):
@@ -100,6 +100,22 @@ class ModelCard(msgspec.Struct):
 class ModelList(msgspec.Struct):
     data: list[ModelCard]
     object: str = "list"
+
+
+class Tokens(msgspec.Struct):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class Detokenized(msgspec.Struct):
+    prompt: str
+
+
+class Aborted(msgspec.Struct):
+    """Sequences that were ended; 0 if the answer had ended already, or never was."""
+
+    aborted: int
 
 
 class Health(msgspec.Struct, omit_defaults=True):

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
 
 import uvicorn
 
 from minisgl.config import ServerConfig
 from minisgl.server.app import create_app
 from minisgl.server.client import AsyncEngineClient, EngineHandle
+from minisgl.server.gate import Connection
 from minisgl.server.service import Backend, Service
 from minisgl.text import OutputProcessor, Text
 from minisgl.types import ConfigError, EngineDeadError
 
-DRAIN_S = 10.0  # after SIGTERM, for the answers under way
 KEEP_ALIVE_S = 65  # longer than the clients' and proxies' own limits, so that they close idle connections
 DEAD_S = 1.0  # how long /health tells that the engine died before the process ends
 
@@ -58,7 +61,7 @@ def serve(
     listener: socket.socket,
     on_ready: Callable[[Service], None],
 ) -> None:
-    """Serves until SIGTERM or SIGINT; the first one drains, a second one ends at once.
+    """Serves until SIGTERM or SIGINT; the first one lets answers under way end, a second one ends at once.
 
     Args:
         engine: a process just started; told to shut down on the way out.
@@ -70,6 +73,8 @@ def serve(
     """
     with _address_errors(config):
         listener.listen()
+    with suppress(ValueError, OSError):  # every client takes a file descriptor; the usual 1,024 are soon gone
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     asyncio.run(_Life(engine, load_text, Service(config, model_name), on_ready).run(listener))
 
 
@@ -91,15 +96,18 @@ class _Life:
         self._on_ready = on_ready
         self._client: AsyncEngineClient | None = None
         self._death: BaseException | None = None
+        protocol: Any = partial(Connection, timeout=service.config.client_timeout)
         self._http = _HttpServer(
             uvicorn.Config(
                 create_app(service),
+                http=protocol,
+                ws="none",
                 lifespan="off",
                 log_config=None,
                 log_level="warning",
                 access_log=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(DRAIN_S) + 2,
+                timeout_graceful_shutdown=int(service.config.drain_timeout) + 2,
             )
         )
 
@@ -159,7 +167,7 @@ class _Life:
             self._http.force_exit = True
             self._end_streams()
         else:
-            asyncio.get_running_loop().call_later(DRAIN_S, self._end_streams)
+            asyncio.get_running_loop().call_later(self._service.config.drain_timeout, self._end_streams)
 
     def _end_streams(self) -> None:
         if self._client is not None:

@@ -60,6 +60,7 @@ def merge(first: TextDelta, then: TextDelta) -> TextDelta:
     first.text += then.text
     first.token_ids += then.token_ids
     first.logprobs += then.logprobs
+    first.prompt_logprobs = first.prompt_logprobs or then.prompt_logprobs
     first.finish_reason, first.stop_reason = then.finish_reason, then.stop_reason
     first.num_cached = max(first.num_cached, then.num_cached)
     first.num_prompt, first.num_output = then.num_prompt, then.num_output
