@@ -271,7 +271,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": [""]}, "stop", "empty"),
     ({"stop": 5}, "stop", "valid string"),
     ({"seed": 1.5}, "seed", "valid integer"),
-    ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "valid integer"),
     ({"stream": "yes"}, "stream", "valid boolean"),
     ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ({"model": "gpt-4"}, "model", "not served here"),

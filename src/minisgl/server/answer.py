@@ -5,30 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from minisgl.server.errors import describe
+from minisgl.server.formats import ChatFormat, CompletionFormat
 from minisgl.server.jobs import Job
 from minisgl.server.responses import Answer, PromptTokensDetails, Usage
 from minisgl.server.stream import Stream, merge
 from minisgl.types import MinisglError, TextDelta
-
-
-class Format(Protocol):
-    """How one of the two APIs words its answers."""
-
-    object: str
-    chunk_object: str
-
-    def choice(self, index: int, whole: TextDelta) -> Any:
-        """A choice of a whole answer."""
-
-    def chunks(self, index: int, delta: TextDelta) -> list[Any]:
-        """The choices to send, one a chunk, for what sequence `index` gained."""
 
 
 class GenerationResponse(Response):
@@ -38,7 +26,7 @@ class GenerationResponse(Response):
         RequestError, OverloadedError, EngineDeadError: for the app's error handlers.
     """
 
-    def __init__(self, job: Job, form: Format) -> None:
+    def __init__(self, job: Job, form: ChatFormat | CompletionFormat) -> None:
         super().__init__()
         self._job = job
         self._format = form

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -12,20 +11,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from minisgl.server import jobs, protocol
 from minisgl.server.answer import GenerationResponse
-from minisgl.server.errors import ErrorBody, NotFoundError, install_handlers, json_response
+from minisgl.server.errors import ErrorBody, install_handlers, json_response
 from minisgl.server.formats import ChatFormat, CompletionFormat
 from minisgl.server.gate import Gate
-from minisgl.server.jobs import chat_job, completion_job
-from minisgl.server.jobs import detokenize as detokenize_ids
-from minisgl.server.jobs import tokenize as tokenize_text
-from minisgl.server.protocol import (
-    AbortRequest,
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
 from minisgl.server.responses import Aborted, Answer, Detokenized, Health, ModelCard, ModelList, Tokens
 from minisgl.server.service import Service
 
@@ -66,33 +56,33 @@ def _service(request: Request) -> Service:
 
 
 @router.post("/v1/chat/completions", responses=_answers(Answer, stream=True))
-async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+async def chat_completions(body: protocol.ChatCompletionRequest, request: Request) -> Response:
     """Answers a conversation."""
-    job = await chat_job(_service(request), body)
+    job = await jobs.chat_job(_service(request), body)
     return GenerationResponse(job, ChatFormat(job))
 
 
 @router.post("/v1/completions", responses=_answers(Answer, stream=True))
-async def completions(body: CompletionRequest, request: Request) -> Response:
+async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
     """Continues one prompt or several."""
-    job = await completion_job(_service(request), body)
+    job = await jobs.completion_job(_service(request), body)
     return GenerationResponse(job, CompletionFormat(job))
 
 
 @router.post("/tokenize", responses=_answers(Tokens))
-async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+async def tokenize(body: protocol.TokenizeRequest, request: Request) -> Response:
     """The token ids of a text, or of a conversation as the model's template renders it."""
-    return json_response(await tokenize_text(_service(request), body))
+    return json_response(await jobs.tokenize(_service(request), body))
 
 
 @router.post("/detokenize", responses=_answers(Detokenized))
-async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+async def detokenize(body: protocol.DetokenizeRequest, request: Request) -> Response:
     """The text of token ids."""
-    return json_response(await detokenize_ids(_service(request), body))
+    return json_response(await jobs.detokenize(_service(request), body))
 
 
 @router.post("/abort", responses=_answers(Aborted))
-async def abort(body: AbortRequest, request: Request) -> Response:
+async def abort(body: protocol.AbortRequest, request: Request) -> Response:
     """Ends an answer under way; what there is of it goes to its client, with the finish reason abort."""
     return json_response(Aborted(_service(request).backend().client.abort(body.request_id)))
 
@@ -106,10 +96,8 @@ async def models(request: Request) -> Response:
 @router.get("/v1/models/{model:path}", responses=_answers(ModelCard))
 async def model(model: str, request: Request) -> Response:
     """The model, if it is the one that is served."""
-    service = _service(request)
-    if model != service.model_name:
-        raise NotFoundError(f"the model {model!r} is not served here, only {service.model_name!r}", "model")
-    return json_response(_card(service))
+    _service(request).check_model(model)
+    return json_response(_card(_service(request)))
 
 
 @router.get("/health", responses=_answers(Health))
@@ -117,7 +105,7 @@ async def health(request: Request) -> Response:
     """200 when requests are served, 503 before and after."""
     report = _service(request).health()
     ok = report.status == "ok"
-    return json_response(report, HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE)
+    return json_response(report, 200 if ok else 503)
 
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from http import HTTPStatus
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -14,40 +13,15 @@ from starlette.exceptions import HTTPException
 
 from minisgl.types import EngineDeadError, MinisglError, OverloadedError, RequestError
 
-RETRY_AFTER_S = 1
+_HEADERS = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}  # seconds; the scheme of the key
 
 
-class NotFoundError(RequestError):
-    """A model that isn't served here."""
+class HttpError(RequestError):
+    """A request that is refused with a status or a code of its own."""
 
-
-class ContextLengthError(RequestError):
-    """A prompt or an answer beyond the model's context."""
-
-
-class UnauthorizedError(RequestError):
-    """A request without the right key."""
-
-
-class TooLargeError(RequestError):
-    """A body beyond the limit."""
-
-
-# Status and OpenAI's code of each error; the nearest base class counts.
-_STATUS: dict[type, tuple[HTTPStatus, str | None]] = {
-    NotFoundError: (HTTPStatus.NOT_FOUND, "model_not_found"),
-    ContextLengthError: (HTTPStatus.BAD_REQUEST, "context_length_exceeded"),
-    UnauthorizedError: (HTTPStatus.UNAUTHORIZED, "invalid_api_key"),
-    TooLargeError: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "request_too_large"),
-    RequestError: (HTTPStatus.BAD_REQUEST, None),
-    OverloadedError: (HTTPStatus.SERVICE_UNAVAILABLE, "overloaded"),
-    EngineDeadError: (HTTPStatus.SERVICE_UNAVAILABLE, "engine_unavailable"),
-    Exception: (HTTPStatus.INTERNAL_SERVER_ERROR, None),
-}
-_HEADERS = {
-    HTTPStatus.SERVICE_UNAVAILABLE: {"Retry-After": str(RETRY_AFTER_S)},
-    HTTPStatus.UNAUTHORIZED: {"WWW-Authenticate": "Bearer"},
-}
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message, param)
+        self.status, self.code = status, code
 
 
 class ErrorDetail(msgspec.Struct):
@@ -63,52 +37,52 @@ class ErrorBody(msgspec.Struct):
     error: ErrorDetail
 
 
-def describe(error: Exception) -> tuple[HTTPStatus, ErrorBody]:
+def describe(error: Exception) -> tuple[int, ErrorBody]:
     """Status and body for `error`; the text of errors that aren't ours stays in the log."""
-    if isinstance(error, RecursionError):
-        error = RequestError("the request is nested too deeply")
-    status, code = next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
+    code: str | None = None
+    match error:
+        case HttpError():
+            status, code = error.status, error.code
+        case RequestError():
+            status = 400
+        case OverloadedError():
+            status, code = 503, "overloaded"
+        case EngineDeadError():
+            status, code = 503, "engine_unavailable"
+        case _:
+            status = 500
     text = str(error) if isinstance(error, MinisglError) else "internal error, see the log"
     text = text.encode(errors="replace").decode()  # it may quote half a surrogate pair
-    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    kind = "invalid_request_error" if status < 500 else "server_error"
     return status, ErrorBody(ErrorDetail(text, kind, getattr(error, "param", None), code))
 
 
-def json_response(body: msgspec.Struct, status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Response:
+def json_response(body: msgspec.Struct, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(body), status, headers, "application/json")
 
 
-def error_response(error: Exception) -> Response:
+def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
     status, body = describe(error)
-    return json_response(body, status, _HEADERS.get(status))
+    return json_response(body, status, headers or _HEADERS.get(status))
 
 
 def install_handlers(app: FastAPI) -> None:
     """Gives `app` one answer format for every error."""
-    handlers: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
-        MinisglError: _on_error,
-        RecursionError: _on_error,
-        Exception: _on_error,
-        HTTPException: _on_http_error,
-        RequestValidationError: _on_invalid,
-    }
-    for kind, handler in handlers.items():
-        app.add_exception_handler(kind, handler)
+    for kind in (MinisglError, RecursionError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _on_error)
 
 
-async def _on_error(_: Request, error: Exception) -> Response:
+async def _on_error(request: Request, error: Exception) -> Response:
+    match error:
+        case RecursionError():
+            error = RequestError("the request is nested too deeply")
+        case RequestValidationError():
+            error = invalid(error.errors())
+        case HTTPException():
+            cause = f" ({error.__cause__})" if error.__cause__ else ""  # why a body can't be read
+            text = f"{request.method} {request.scope['path']}: {error.detail}{cause}"
+            return error_response(HttpError(text, None, error.status_code), error.headers)
     return error_response(error)
-
-
-async def _on_http_error(request: Request, error: HTTPException) -> Response:
-    cause = f" ({error.__cause__})" if error.__cause__ else ""  # why a body can't be read, such as its depth
-    message = f"{request.method} {request.scope['path']}: {error.detail}{cause}"
-    body = ErrorBody(ErrorDetail(message, "invalid_request_error"))
-    return json_response(body, error.status_code, dict(error.headers or {}))
-
-
-async def _on_invalid(_: Request, error: RequestValidationError) -> Response:
-    return error_response(invalid(error.errors()))
 
 
 def invalid(errors: Sequence[Any]) -> RequestError:

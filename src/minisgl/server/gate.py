@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from minisgl.server.errors import TooLargeError, UnauthorizedError, error_response
+from minisgl.server.errors import HttpError, error_response
 from minisgl.types import RequestError
 
 MAX_BODY_BYTES = 8 * 2**20  # a million token ids and more; reading it holds up the streams for 0.2 s at most
@@ -80,7 +80,8 @@ class Gate:
     def _check_key(self, headers: Headers) -> None:
         given = headers.get("authorization", "").encode("latin-1")
         if self._expected is not None and not hmac.compare_digest(given, self._expected):
-            raise UnauthorizedError("the API key is missing or wrong; send it as Authorization: Bearer KEY")
+            text = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+            raise HttpError(text, None, 401, "invalid_api_key")
 
 
 async def _with_body(headers: Headers, receive: Receive) -> Receive:
@@ -92,7 +93,8 @@ async def _with_body(headers: Headers, receive: Receive) -> Receive:
         body += message.get("body", b"")
         size, more = max(size, len(body)), message.get("more_body", False)
     if size > MAX_BODY_BYTES:
-        raise TooLargeError(f"the body has more than {MAX_BODY_BYTES} bytes, as many as this server takes")
+        text = f"the body has more than {MAX_BODY_BYTES} bytes, as many as this server takes"
+        raise HttpError(text, None, 413)
     first: list[Message] = [{**message, "body": bytes(body)}]
 
     async def replay() -> Message:

@@ -5,18 +5,12 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minisgl.messages import EngineReady
-from minisgl.server.errors import ContextLengthError, NotFoundError
-from minisgl.server.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerationRequest,
-    TokenizeRequest,
-)
+from minisgl.server import protocol
+from minisgl.server.errors import HttpError
 from minisgl.server.responses import Detokenized, Tokens
 from minisgl.server.service import Backend, Service
 from minisgl.text import Text
@@ -30,47 +24,56 @@ class Job:
     id: str
     model: str
     backend: Backend
-    prompts: list[list[int]]
     params: SamplingParams  # resolved
     priority: int
     stream: bool
     include_usage: bool
+    prompts: list[list[int]] = field(default_factory=list)
     echo: list[str] | None = None  # the text of each prompt, if it is to come before the answer
 
+    def token_bytes(self, token_id: int) -> bytes:
+        tokenizer = self.backend.text.tokenizer
+        return b"" if tokenizer is None else tokenizer.token_bytes(token_id)
 
-async def chat_job(service: Service, body: ChatCompletionRequest) -> Job:
+    def num_characters(self, token_id: int) -> int:
+        """How many characters of the answer's text begin with this token."""
+        tokenizer = self.backend.text.tokenizer
+        if tokenizer is None or (self.params.skip_special_tokens and token_id in tokenizer.special_ids):
+            return 0
+        return sum(byte & 0xC0 != 0x80 for byte in tokenizer.token_bytes(token_id))
+
+
+async def chat_job(service: Service, body: protocol.ChatCompletionRequest) -> Job:
     """Renders the chat template and tokenizes, in a thread.
 
     Raises:
         RequestError: the request can't be served as written.
         EngineDeadError: the server isn't ready.
     """
-    backend, params = _check(service, body)
-    prompt = await asyncio.to_thread(_render, backend.text, body)
-    return _job("chatcmpl", service, backend, body, params, [prompt], "messages")
+    job = _begin("chatcmpl", service, body)
+    return _with_prompts(job, [await asyncio.to_thread(_encode, job.backend.text, body)], "messages")
 
 
-async def completion_job(service: Service, body: CompletionRequest) -> Job:
+async def completion_job(service: Service, body: protocol.CompletionRequest) -> Job:
     """Tokenizes prompts that are text, in a thread.
 
     Raises:
-        RequestError: the request can't be served as written.
-        EngineDeadError: the server isn't ready.
+        RequestError, EngineDeadError: as `chat_job`.
     """
-    backend, params = _check(service, body)
-    prompts: Any = body.texts_or_ids()
-    texts = prompts
-    if isinstance(prompts[0], str):
-        prompts = await asyncio.to_thread(backend.text.require_tokenizer().encode_batch, texts)
-    job = _job("cmpl", service, backend, body, params, prompts, "prompt")
-    if not body.echo:
-        return job
-    if texts is prompts:
-        texts = await asyncio.to_thread(_decode, backend.text, prompts, params.skip_special_tokens)
-    return replace(job, echo=texts)
+    job = _begin("cmpl", service, body)
+    given: Any = body.texts_or_ids()
+    text = job.backend.text
+    if not isinstance(given[0], str):
+        job = _with_prompts(job, given, "prompt")
+        if body.echo:
+            given = await asyncio.to_thread(_decode, text, given, job.params.skip_special_tokens)
+    else:
+        prompts = await asyncio.to_thread(text.require_tokenizer().encode_batch, given)
+        job = _with_prompts(job, prompts, "prompt")
+    return replace(job, echo=given) if body.echo else job
 
 
-async def tokenize(service: Service, body: TokenizeRequest) -> Tokens:
+async def tokenize(service: Service, body: protocol.TokenizeRequest) -> Tokens:
     """The ids that a prompt, or a conversation, would be generated from.
 
     Raises:
@@ -79,11 +82,11 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Tokens:
     backend = _backend(service, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("expected either prompt or messages", "prompt")
-    ids = await asyncio.to_thread(_render, backend.text, body)
+    ids = await asyncio.to_thread(_encode, backend.text, body)
     return Tokens(ids, len(ids), backend.limits.max_total_tokens)
 
 
-async def detokenize(service: Service, body: DetokenizeRequest) -> Detokenized:
+async def detokenize(service: Service, body: protocol.DetokenizeRequest) -> Detokenized:
     """The text of token ids.
 
     Raises:
@@ -92,44 +95,45 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> Detokenized:
     backend = _backend(service, body.model)
     backend.text.require_tokenizer()
     _check_ids(body.tokens, backend.limits, "tokens")
-    return Detokenized(
-        (await asyncio.to_thread(_decode, backend.text, [body.tokens], bool(body.skip_special_tokens)))[0]
-    )
+    [text] = await asyncio.to_thread(_decode, backend.text, [body.tokens], bool(body.skip_special_tokens))
+    return Detokenized(text)
 
 
-def _backend(service: Service, model: str | None) -> Backend:
-    backend = service.backend()
-    if model not in (None, service.model_name):
-        raise NotFoundError(f"the model {model!r} is not served here, only {service.model_name!r}", "model")
-    return backend
-
-
-def _check(service: Service, body: GenerationRequest) -> tuple[Backend, SamplingParams]:
-    """What needs no tokens is checked before time goes into making them. Gives the parameters as resolved."""
+def _begin(kind: str, service: Service, body: protocol.GenerationRequest) -> Job:
+    """A job without prompts; what needs no tokens is checked before time goes into making them."""
     backend = _backend(service, body.model)
     body.check_fields()
     generation, limits = backend.text.generation, backend.limits
     defaults = generation.sampling if service.config.sampling_defaults == "model" else {}
     params = body.sampling_params().resolve(defaults, generation.eos_token_ids)
     if params.max_tokens is not None and params.max_tokens > limits.max_total_tokens:
-        raise ContextLengthError(
-            f"max_tokens is {params.max_tokens}; prompt and answer together may have {limits.max_total_tokens} tokens",
-            "max_tokens",
-        )
+        raise _too_long(f"max_tokens is {params.max_tokens}", limits, "max_tokens")
     _check_ids(params.stop_token_ids, limits, "stop_token_ids")
     _check_ids(list(params.logit_bias), limits, "logit_bias")
-    return backend, params
+    return Job(
+        id=f"{kind}-{uuid.uuid4().hex}",
+        model=service.model_name,
+        backend=backend,
+        params=params,
+        priority=body.priority or 0,
+        stream=bool(body.stream),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+    )
 
 
-def _render(text: Text, body: ChatCompletionRequest | TokenizeRequest) -> list[int]:
-    if body.messages is None:
-        assert isinstance(body, TokenizeRequest) and body.prompt is not None
-        prompt, special = body.prompt, body.add_special_tokens is not False
-    else:
+def _backend(service: Service, model: str | None) -> Backend:
+    backend = service.backend()
+    service.check_model(model or service.model_name)
+    return backend
+
+
+def _encode(text: Text, body: protocol.ChatCompletionRequest | protocol.TokenizeRequest) -> list[int]:
+    prompt, special = getattr(body, "prompt", None), getattr(body, "add_special_tokens", None)
+    if body.messages is not None:
         messages = [m.for_template() for m in body.messages]
         prompt = text.require_chat_template().render(messages, **body.template_options())
-        special = bool(getattr(body, "add_special_tokens", False))
-    return text.require_tokenizer().encode_batch([prompt], special)[0]
+        special = bool(special)  # the template has written them
+    return text.require_tokenizer().encode(prompt or "", special is not False)
 
 
 def _decode(text: Text, prompts: list[list[int]], skip_special_tokens: bool) -> list[str]:
@@ -137,38 +141,21 @@ def _decode(text: Text, prompts: list[list[int]], skip_special_tokens: bool) -> 
     return ["" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens) for ids in prompts]
 
 
-def _job(
-    kind: str,
-    service: Service,
-    backend: Backend,
-    body: GenerationRequest,
-    params: SamplingParams,
-    prompts: list[list[int]],
-    param: str,
-) -> Job:
+def _with_prompts(job: Job, prompts: list[list[int]], param: str) -> Job:
+    """Checks what the engine would refuse too, before a stream has begun."""
+    limits = job.backend.limits
     for prompt in prompts:
-        _check_prompt(prompt, backend.limits, param)
-    return Job(
-        id=f"{kind}-{uuid.uuid4().hex}",
-        model=service.model_name,
-        backend=backend,
-        prompts=prompts,
-        params=params,
-        priority=body.priority or 0,
-        stream=bool(body.stream),
-        include_usage=body.include_usage,
-    )
+        if not prompt:
+            raise RequestError("the prompt is empty; at least one token is needed", param)
+        if len(prompt) >= limits.max_total_tokens:
+            raise _too_long(f"the prompt has {len(prompt)} tokens", limits, param)
+        _check_ids(prompt, limits, param)
+    return replace(job, prompts=prompts)
 
 
-def _check_prompt(prompt: Sequence[int], limits: EngineReady, param: str) -> None:
-    """What the engine would refuse too, found before a stream has begun."""
-    if not prompt:
-        raise RequestError("the prompt is empty; at least one token is needed", param)
-    if len(prompt) >= limits.max_total_tokens:
-        raise ContextLengthError(
-            f"the prompt has {len(prompt)} tokens; prompt and answer together may have {limits.max_total_tokens}", param
-        )
-    _check_ids(prompt, limits, param)
+def _too_long(what: str, limits: EngineReady, param: str) -> HttpError:
+    text = f"{what}; prompt and answer together may have {limits.max_total_tokens} tokens"
+    return HttpError(text, param, code="context_length_exceeded")
 
 
 def _check_ids(ids: Sequence[int], limits: EngineReady, param: str) -> None:

@@ -56,7 +56,7 @@ class GenerationRequest(_Schema):
     top_p: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None  # JSON's keys are strings
     seed: Int64 | None = None
     stop: str | Annotated[list[str], Field(max_length=64)] | None = None  # each costs time on every token
     # Beyond OpenAI's:
@@ -91,21 +91,11 @@ class GenerationRequest(_Schema):
         """
         fields = _SAMPLING_FIELDS & type(self).model_fields.keys()
         given = {name: value for name in fields if (value := getattr(self, name)) is not None}
-        return SamplingParams(**{**given, **self._own_params(), "logit_bias": self._logit_bias()})
+        return SamplingParams(**{**given, **self._own_params()})
 
     def _own_params(self) -> dict[str, Any]:
         """The fields that chat and text completions spell differently."""
         return {}
-
-    def _logit_bias(self) -> dict[int, float]:
-        try:
-            return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
-        except ValueError:
-            raise RequestError("logit_bias maps token ids, written as strings, to numbers", "logit_bias") from None
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class ContentPart(_Schema):

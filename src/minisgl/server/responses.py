@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 
+from minisgl.types import FinishReason
+
 
 class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
@@ -21,17 +23,13 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
-class TopLogprob(msgspec.Struct):
-    token: str
-    logprob: float
-    bytes: list[int] | None = None
-
-
 class ChatTokenLogprob(msgspec.Struct):
+    """A token of the answer, or one of those that might have stood there; these have no `top_logprobs`."""
+
     token: str
     logprob: float
-    bytes: list[int] | None
-    top_logprobs: list[TopLogprob]
+    bytes: list[int]
+    top_logprobs: list[ChatTokenLogprob] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatLogprobs(msgspec.Struct):
@@ -55,27 +53,20 @@ class ChatMessage(msgspec.Struct, omit_defaults=True):
 
 
 class ChatChoice(msgspec.Struct):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
+    """`message` in a whole answer, `delta` in a chunk."""
 
-
-class ChatChunkChoice(msgspec.Struct):
     index: int
-    delta: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    message: ChatMessage | msgspec.UnsetType = msgspec.UNSET
+    delta: ChatMessage | msgspec.UnsetType = msgspec.UNSET
 
 
 class CompletionChoice(msgspec.Struct):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: str | None
-
-
-Choice = ChatChoice | ChatChunkChoice | CompletionChoice
+    finish_reason: FinishReason | None
 
 
 class Answer(msgspec.Struct):
@@ -85,7 +76,7 @@ class Answer(msgspec.Struct):
     object: str
     created: int
     model: str
-    choices: list[Any]
+    choices: list[Any]  # ChatChoice or CompletionChoice
     usage: Usage | None | msgspec.UnsetType = msgspec.UNSET
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -86,20 +87,21 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
+@dataclass
 class _Life:
-    def __init__(
-        self, engine: EngineHandle, load_text: Callable[[], Text], service: Service, on_ready: Callable[[Service], None]
-    ) -> None:
-        self._engine = engine
-        self._load_text = load_text
-        self._service = service
-        self._on_ready = on_ready
-        self._client: AsyncEngineClient | None = None
-        self._death: BaseException | None = None
-        protocol: Any = partial(Connection, timeout=service.config.client_timeout)
+    _engine: EngineHandle
+    _load_text: Callable[[], Text]
+    _service: Service
+    _on_ready: Callable[[Service], None]
+    _client: AsyncEngineClient | None = None
+    _death: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        config = self._service.config
+        protocol: Any = partial(Connection, timeout=config.client_timeout)
         self._http = _HttpServer(
             uvicorn.Config(
-                create_app(service),
+                create_app(self._service),
                 http=protocol,
                 ws="none",
                 lifespan="off",
@@ -107,7 +109,7 @@ class _Life:
                 log_level="warning",
                 access_log=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(service.config.drain_timeout) + 2,
+                timeout_graceful_shutdown=int(config.drain_timeout) + 2,
             )
         )
 

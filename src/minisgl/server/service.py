@@ -9,6 +9,7 @@ import msgspec
 from minisgl.config import ServerConfig
 from minisgl.messages import EngineReady
 from minisgl.server.client import AsyncEngineClient
+from minisgl.server.errors import HttpError
 from minisgl.server.responses import Health
 from minisgl.text import Text
 from minisgl.types import EngineDeadError
@@ -45,6 +46,15 @@ class Service:
         if self.loaded is None or self.status != "ok":
             raise EngineDeadError(self.error or f"the server is {self.status}")
         return self.loaded
+
+    def check_model(self, name: str) -> None:
+        """
+        Raises:
+            HttpError: another model than the one that is served (404).
+        """
+        if name != self.model_name:
+            text = f"the model {name!r} is not served here, only {self.model_name!r}"
+            raise HttpError(text, "model", 404, "model_not_found")
 
     def health(self) -> Health:
         if self.loaded is None:
