@@ -63,9 +63,11 @@ class Uncaptured(DecodeGraphs):
         return _Captured(step, forward, sampler, logits), None
 
 
-def _driver(folder: Path, overlap: bool, page_size: int, max_batch: int = 8) -> tuple[Driver, list[int]]:
+def _driver(
+    folder: Path, overlap: bool, page_size: int, max_batch: int = 8, **options: Any
+) -> tuple[Driver, list[int]]:
     """A driver whose decodes go through uncaptured steps, and the sizes of the batches that did."""
-    driver = Driver(folder, overlap=overlap, page_size=page_size)
+    driver = Driver(folder, overlap=overlap, page_size=page_size, **options)
     runner = driver.engine.runner
     runner.attention = DeviceOnly()
     with torch.inference_mode():
@@ -105,6 +107,15 @@ def test_decode_step_gives_the_tokens_of_transformers(
     driver.close()
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["lag0", "lag1"])
+def test_decode_step_waits_for_the_end_of_a_prompt(oracle: tuple[Path, list[list[int]]], overlap: bool) -> None:
+    """A prompt's last token may come alone, and looks like a decode then."""
+    folder, expected = oracle
+    driver, replayed = _driver(folder, overlap, 4, max_running=1, max_batched_tokens=1)
+    assert driver.ask(PROMPTS[1], replace(GREEDY, max_tokens=30)).tokens == expected[1]
+    assert len(replayed) == 29
+
+
 def test_decode_step_serves_rows_that_want_more(oracle: tuple[Path, list[list[int]]]) -> None:
     """Filters, penalties, seeds and log-probabilities: the same answers as without graphs."""
     folder, _ = oracle
@@ -128,14 +139,10 @@ def test_decode_step_serves_rows_that_want_more(oracle: tuple[Path, list[list[in
 
 def test_decode_step_survives_preemption(oracle: tuple[Path, list[list[int]]]) -> None:
     folder, expected = oracle
-    driver = Driver(folder, page_size=4, num_pages=28)
-    runner = driver.engine.runner
-    runner.attention = DeviceOnly()
-    with torch.inference_mode():
-        runner.graphs = Uncaptured(runner.model, runner.pool, runner.attention, runner.rows, 8, False)
+    driver, replayed = _driver(folder, True, 4, num_pages=28)
     ids = [driver.add(prompt, replace(GREEDY, max_tokens=30)) for prompt in PROMPTS]
     driver.run()
-    assert driver.engine.stats().preemptions > 0
+    assert driver.engine.stats().preemptions > 0 and replayed
     assert [driver.answers[id].tokens for id in ids] == expected
     driver.close()
 

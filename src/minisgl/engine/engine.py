@@ -76,7 +76,7 @@ class Engine:
             self.scheduler.max_total_tokens,
             config.seed,
         )
-        if config.device == "cuda" and config.cuda_graph and self.runner.attention.capturable:
+        if config.device == "cuda" and config.cuda_graph and self.runner.attention.capturable and self.model.capturable:
             self.runner.capture(min(config.max_running, config.cuda_graph_max_batch or config.max_running))
         self.lag = 1 if config.overlap else 0
         self.vocab_size = model.vocab_size

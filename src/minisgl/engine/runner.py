@@ -59,6 +59,7 @@ class ModelRunner:
         self.upload = Uploader(self.device)
         self.rows = DeviceRows(num_rows, -(-max_tokens // pool.page_size), pool.dummy_page, self.device)
         self.states: dict[int, RowState] = {}  # by row
+        self._unsampled: set[int] = set()  # rows whose next input isn't their `last_token`: prompts in chunks
         self.graphs: DecodeGraphs | None = None
         self.prompt_logprobs: dict[str, list[TokenLogprob]] = {}  # by request, to be taken with its first token
 
@@ -94,6 +95,7 @@ class ModelRunner:
             seed = request.params.seed if request.params.seed is not None else hash((self.seed, request.arrival))
             self.states[request.row] = RowState(request, self.model.config.vocab_size, self.device)
             self.rows.admit(request)
+            self._unsampled.add(request.row)
             lines.append(param_words(request, seed))
         places = np.array([r.row for r in requests], np.int32)
         self.rows.write_params(*self.upload(places, np.stack(lines)))
@@ -101,10 +103,12 @@ class ModelRunner:
     # -- with graphs ---------------------------------------------------------------------------------------------
 
     def _is_plain_decode(self, batch: ScheduledBatch) -> bool:
-        """Whether every request is one the device knows, and decodes one token."""
+        """Whether every request decodes one token, and the device has the one before."""
         count = len(batch.requests)
         assert self.graphs is not None
-        return batch.num_decodes == count <= self.graphs.max_batch and not batch.admitted and all(batch.samples)
+        if batch.num_decodes != count or count > self.graphs.max_batch:
+            return False
+        return not self._unsampled or self._unsampled.isdisjoint(r.row for r in batch.requests)
 
     def _launch_graph(self, handle: StepHandle, graphs: DecodeGraphs) -> None:
         requests = handle.requests
@@ -147,6 +151,7 @@ class ModelRunner:
         index_host = [i for i, s in zip(handle.batch.output_index, handle.batch.samples, strict=True) if s]
         sampled = sample(logits, states, params, index, index_host)
         self.rows.last_token.index_copy_(0, rows.long(), sampled.tokens.to(torch.int32))
+        self._unsampled.difference_update(r.row for r in handle.requests)
         if sampled.logprob_rows:
             handle.sampled = sampled
         self._fetch(handle, sampled.tokens)

@@ -79,6 +79,7 @@ class MixtureOfExperts(nn.Module):
 class Qwen3MoE(Qwen3):
     family = "qwen3_moe"
     gguf_architecture = "qwen3moe"
+    capturable = False  # the host asks which experts were chosen
 
     @staticmethod
     def read_fields(values: Values, num_layers: int) -> dict[str, Any]:
