@@ -244,6 +244,26 @@ def test_engine_process_folder_is_private_and_goes_with_it() -> None:
     assert not folder.exists()
 
 
+def test_engine_process_removes_folders_that_killed_parents_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    stale, young, foreign = (tmp_path / name for name in ("minisgl-engine-a", "minisgl-engine-b", "else"))
+    for folder in (stale, young, foreign):
+        folder.mkdir()
+        (folder / "commands").touch()
+    os.utime(stale, (0, 0))
+    first = EngineProcess(EngineConfig(), fake_engine.NAME)
+    held = Path(first.commands_address.removeprefix("ipc://")).parent
+    os.utime(held, (0, 0))
+    second = EngineProcess(EngineConfig(), fake_engine.NAME)
+    assert not stale.exists()
+    assert held.exists() and young.exists() and foreign.exists()
+    for process in (first, second):
+        process.stop()
+    assert not held.exists()
+
+
 def test_engine_process_dies_with_its_parent(tmp_path: Path) -> None:
     script = (
         "from minisgl.config import EngineConfig\n"

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import threading
+import time
 from array import array
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Protocol
 
 import zmq
@@ -34,6 +38,8 @@ ENGINE = "minisgl.engine.engine:Engine"  # named, not imported, so that the pare
 PARENT_CHECK_MS = 1000
 LINGER_MS = 1000  # for the last message of an engine that failed
 _PR_SET_PDEATHSIG = 1
+_FOLDER = "minisgl-engine-"
+_YOUNG_S = 60  # a folder without a lock may still get it
 
 
 class EngineLike(Protocol):
@@ -173,7 +179,10 @@ class EngineProcess:
     """
 
     def __init__(self, config: EngineConfig, engine: str = ENGINE) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="minisgl-", ignore_cleanup_errors=True)  # mode 0700
+        _remove_stale_folders()
+        self._folder = tempfile.TemporaryDirectory(prefix=_FOLDER, ignore_cleanup_errors=True)  # mode 0700
+        self._lock = os.open(self._folder.name, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)  # as long as this process lives
         self.commands_address = f"ipc://{self._folder.name}/commands"
         self.outputs_address = f"ipc://{self._folder.name}/outputs"
         args = (config, self.commands_address, self.outputs_address, os.getpid(), engine)
@@ -219,7 +228,23 @@ class EngineProcess:
             if self._process.is_alive():
                 self._process.kill()
                 self._process.join()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
         self._folder.cleanup()
+
+
+def _remove_stale_folders() -> None:
+    """Removes the folders of parents that were killed: nobody holds their lock."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
+            lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - folder.stat().st_mtime > _YOUNG_S:
+                    shutil.rmtree(folder)
+            finally:
+                os.close(lock)
 
 
 @contextlib.contextmanager
