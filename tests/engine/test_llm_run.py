@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from servers import make_model
 
 from minisgl import LLM, SamplingParams
 from minisgl.messages import TokenOutput
 from minisgl.types import FinishReason, RequestError, RequestOutput
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
-
-from servers import make_model
 
 MAX_RUNNING = 4
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from minisgl import __version__
 from minisgl.types import MinisglError
 
-COMMANDS = ("serve", "generate", "profile")  # modules of this package
+COMMANDS = ("serve", "shell", "generate", "profile")  # modules of this package
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     if args[0].startswith("-") and args[0] not in ("-h", "--help", "--version"):
-        args.insert(0, "serve")  # `python -m minisgl --model M`
+        args.insert(0, _take_command(args))
     parsed = parser.parse_args(args)
     try:
         parsed.command.run(parsed)
@@ -57,11 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _take_command(args: list[str]) -> str:
+    """What `python -m minisgl --model M` means: serve, or shell if --shell is among the options."""
+    if "--shell" not in args:
+        return "serve"
+    args.remove("--shell")
+    return "shell"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="minisgl",
         description="A compact inference engine for large language models.",
-        epilog="Options without a command mean serve: python -m minisgl --model M.",
+        epilog="Options without a command mean serve, or with --shell shell: python -m minisgl --model M --shell.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
