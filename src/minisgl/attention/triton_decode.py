@@ -6,6 +6,9 @@ is split over several programs (flash-decoding: Dao and others, 2023), and a sec
 
 The grid and every argument follow from the batch's size and the page table's width, lengths are read on the device: a
 captured graph stays right while sequences grow.
+
+Programmatic dependent launch: both kernels wait before they read what another kernel wrote, and let the next one
+start right after, to wait in turn.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from minisgl.attention.triton_tiles import Tile
 
+LONG = 4096  # tokens that one program may read while others wait for it
 MAX_PROGRAMS = 4096  # with splits; more that find nothing to do would cost more than the splits gain
 
 
@@ -32,10 +36,15 @@ class Splits:
 
     @staticmethod
     def choose(num_seqs: int, num_kv_heads: int, max_len: int, num_sms: int) -> Splits:
-        """Parts just long enough that sequences of 1,024 tokens would put about eight programs on a multiprocessor."""
+        """Two programs a multiprocessor keep the memory busy: splits make up for sequences that are missing.
+
+        Beyond that only long sequences are split, and only where `max_len` allows for such: the second kernel costs
+        two microseconds, and so may programs without work.
+        """
         programs = num_seqs * num_kv_heads
-        chunk = max(32, triton.next_power_of_2(programs * 128 // num_sms))
-        return Splits(chunk, max(1, min(-(-max_len // chunk), MAX_PROGRAMS // programs)))
+        fill, even = round(2 * num_sms / programs), -(-max_len // LONG)
+        chunk = 32 if fill > 1 else LONG // 4
+        return Splits(chunk, max(1, min(max(fill, even), -(-max_len // chunk), MAX_PROGRAMS // programs)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +53,11 @@ class Parts:
 
     out: Tensor  # [MAX_PROGRAMS, group, head_dim] float32
     lse: Tensor  # [MAX_PROGRAMS, group] float32: log2 of the sum of 2^score
-    arrived: Tensor  # [MAX_PROGRAMS] int32, zero between launches
 
     @staticmethod
     def allocate(group: int, head_dim: int, device: torch.device) -> Parts:
         out = torch.empty(MAX_PROGRAMS, group, head_dim, device=device)
-        arrived = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
-        return Parts(out, torch.empty(out.shape[:2], device=device), arrived)
+        return Parts(out, torch.empty(out.shape[:2], device=device))
 
 
 # Integers and views that change from step to step must not each bring a compilation of their own.
@@ -62,9 +69,9 @@ KEPT_GENERAL = {
 
 @triton.jit(**KEPT_GENERAL)
 def _decode(
-    q, q_stride, keys, values, table, table_stride, lens, out, part_out, part_lse, arrived, scale, window, chunk, most,
+    q, q_stride, keys, values, table, table_stride, lens, out, part_out, part_lse, scale, window, chunk, most,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    PAGE: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
+    PAGE: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
@@ -119,15 +126,6 @@ def _decode(
             part = (base + split) * GROUP + rows
             tl.store(part_out + part[:, None] * DIM + dims[None, :], result, mask=wanted)
             tl.store(part_lse + part, best + tl.log2(total), mask=rows < GROUP)
-            if FUSED:
-                tl.debug_barrier()
-                counter = arrived + seq * KV_HEADS + kv_head
-                if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
-                    for r in range(GROUP):
-                        merged = _merge(part_out, part_lse, base, used, r, GROUP, DIM, DIM_PAD)
-                        place = (seq * KV_HEADS * GROUP + kv_head * GROUP + r) * DIM + dims
-                        tl.store(out + place, merged.to(out.dtype.element_ty), mask=dims < DIM)
-                    tl.store(counter, 0)
 
 
 @triton.jit
@@ -152,9 +150,9 @@ def _merge(
         i = start + tl.arange(0, BLOCK)
         inside = i < used
         part = (base + i) * GROUP + row
-        lse = tl.load(part_lse + part, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        lse = tl.load(part_lse + part, mask=inside, other=float("-inf"))
         seen = inside[:, None] & (dims < DIM)[None, :]
-        values = tl.load(part_out + part[:, None] * DIM + dims[None, :], mask=seen, other=0.0, cache_modifier=".cg")
+        values = tl.load(part_out + part[:, None] * DIM + dims[None, :], mask=seen, other=0.0)
         new_best = tl.maximum(best, tl.max(lse, 0))
         weights = tl.exp2(lse - new_best)
         fade = tl.exp2(best - new_best)
@@ -170,14 +168,14 @@ def _combine(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, TOKENS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, sequence) brings the parts of a split sequence together."""
+    """Program (head, sequence) brings the parts of a split sequence together. Launched right behind `_decode`."""
     head, seq = tl.program_id(0), tl.program_id(1)
+    length = tl.load(lens + seq)  # before the wait: _decode waited for the kernels before it, so this is there
+    first, span = _span(length, window, chunk, most, TOKENS)
+    used = tl.cdiv(length - first, span)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    length = tl.load(lens + seq)
-    first, span = _span(length, window, chunk, most, TOKENS)
-    used = tl.cdiv(length - first, span)
     if used <= 1:
         return
     base = (seq * KV_HEADS + head // GROUP) * most
@@ -201,7 +199,6 @@ def decode(
     tile: Tile,
     splits: Splits,
     parts: Parts,
-    fused: bool = False,
     pdl: bool = False,
 ) -> None:
     """Attention of one query a sequence, the last of its `lens` tokens.
@@ -221,12 +218,12 @@ def decode(
     window = 2**31 - 1 if window is None else window
     launch = {"num_warps": tile.warps, "num_stages": tile.stages, **({"launch_pdl": True} if pdl else {})}
     _decode[kv_heads, num_seqs, splits.most](
-        q, q.stride(0), keys, values, table, table.stride(0), lens, out, parts.out, parts.lse, parts.arrived,
+        q, q.stride(0), keys, values, table, table.stride(0), lens, out, parts.out, parts.lse,
         scale * LOG2_E, window, splits.chunk, splits.most,
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PAD=dim_pad,
-        PAGE=page, TOKENS=tile.tokens, SPLIT=splits.most > 1, FUSED=fused, PDL=pdl, **launch,
+        PAGE=page, TOKENS=tile.tokens, SPLIT=splits.most > 1, PDL=pdl, **launch,
     )  # fmt: skip
-    if splits.most > 1 and not fused:
+    if splits.most > 1:
         _combine[heads, num_seqs](
             lens, out, parts.out, parts.lse, window, splits.chunk, splits.most,
             KV_HEADS=kv_heads, GROUP=group, DIM=dim, DIM_PAD=dim_pad, TOKENS=tile.tokens, PDL=pdl,

@@ -25,6 +25,8 @@ class Plan:
     """The two parts of a step, decodes and extending sequences, as views of the batch's tensors."""
 
     splits: Splits | None  # None: no decodes
+    pdl: bool  # programmatic dependent launch
+    shared_bytes: int  # that a program can have
     tables: tuple[Tensor, Tensor]
     lens: tuple[Tensor, Tensor]
     starts: Tensor  # of the extending sequences
@@ -51,14 +53,16 @@ class TritonPaged(AttentionBackend):
         self._parts: dict[tuple[torch.device, int, int], Parts] = {}
 
     def prepare(self, batch: ForwardBatch) -> None:
-        n, pool, table = batch.num_decodes, batch.pool, batch.page_table
-        splits = None
+        n, table, splits = batch.num_decodes, batch.page_table, None
+        gpu = torch.cuda.get_device_properties(table.device) if table.is_cuda else None
         if n:
-            sms = torch.cuda.get_device_properties(table.device).multi_processor_count if table.is_cuda else SMS_UNKNOWN
-            longest = table.shape[1] * pool.page_size
-            splits = self.splits or Splits.choose(n, pool.num_kv_heads, longest, sms)
+            sms = gpu.multi_processor_count if gpu else SMS_UNKNOWN
+            longest = table.shape[1] * batch.pool.page_size
+            splits = self.splits or Splits.choose(n, batch.pool.num_kv_heads, longest, sms)
         batch.plan = Plan(
             splits,
+            gpu is not None and gpu.major >= 9,
+            gpu.shared_memory_per_block_optin if gpu else 0,
             (table[:n], table[n:]),
             (batch.seq_lens[:n], batch.seq_lens[n:]),
             batch.query_starts[n:],
@@ -76,9 +80,10 @@ class TritonPaged(AttentionBackend):
         if plan.splits is not None:
             parts = self._scratch(q, batch.pool.num_kv_heads)
             tile = decode_tile(dim_pad, q.dtype)
-            decode(q[:n], *pool, plan.tables[0], plan.lens[0], out[:n], scale, window, tile, plan.splits, parts)
+            table, lens = plan.tables[0], plan.lens[0]
+            decode(q[:n], *pool, table, lens, out[:n], scale, window, tile, plan.splits, parts, plan.pdl)
         if plan.num_extend_tokens:
-            tile, tokens = prefill_tile(dim_pad, q.dtype), plan.num_extend_tokens
+            tile, tokens = prefill_tile(dim_pad, q.dtype, plan.shared_bytes), plan.num_extend_tokens
             prefill(q, *pool, plan.tables[1], plan.lens[1], plan.starts, tokens, out, scale, window, tile)
         return out
 

@@ -20,13 +20,10 @@ from minisgl.attention.triton_tiles import Tile
 def _prefill(
     q, q_stride, keys, values, table, table_stride, lens, starts, num_seqs, out, scale, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, WINDOWED: tl.constexpr, PDL: tl.constexpr,
+    DIM_PAD: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # a sequence's last tiles see the most keys: they start first
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     seq, query = _locate(tile, starts, num_seqs, QUERIES)
     row = tl.load(starts + seq)
     count = tl.load(starts + seq + 1) - row
@@ -150,7 +147,6 @@ def prefill(
     scale: float,
     window: int | None,
     tile: Tile,
-    pdl: bool = False,
 ) -> None:
     """Causal attention of the last tokens of S sequences.
 
@@ -174,5 +170,5 @@ def prefill(
         2**31 - 1 if window is None else window,
         KV_HEADS=kv_heads, GROUP=group, QUERIES=queries, ROWS=rows, DIM=dim,
         DIM_PAD=triton.next_power_of_2(max(dim, 16)), PAGE=page, TOKENS=tile.tokens, WINDOWED=window is not None,
-        PDL=pdl, num_warps=tile.warps, num_stages=tile.stages, **({"launch_pdl": True} if pdl else {}),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
