@@ -62,7 +62,7 @@ class TritonPaged(AttentionBackend):
         batch.plan = Plan(
             splits,
             gpu is not None and gpu.major >= 9,
-            gpu.shared_memory_per_block_optin if gpu else 0,
+            getattr(gpu, "shared_memory_per_block_optin", 0),
             (table[:n], table[n:]),
             (batch.seq_lens[:n], batch.seq_lens[n:]),
             batch.query_starts[n:],
