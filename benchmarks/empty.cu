@@ -2,6 +2,6 @@
 #include "common.cuh"
 
 extern "C" __global__ void empty() {
-  pdl::trigger();
-  pdl::wait();
+    pdl::trigger();
+    pdl::wait();
 }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from minisgl.hardware import detect
+from minisgl.kernels.nvrtc import arch_of
 from minisgl.kernels.spec import KernelSpec, Shape, registry
 from minisgl.kernels.tuning import Config, bucket, table_paths
 from minisgl.profiling.replay import cold_copies, replay_us, rotated_inputs
@@ -61,16 +62,15 @@ def tune(report: Callable[[str], None] = print) -> dict[str, Any]:
                 f"{spec.name:12} tokens {shape['tokens']:6}: {best.threads:4} threads, {best.work} a thread, "
                 f"{dict(timed)[best]:8.2f} µs (worst {worst:.2f})"
             )
-    return {"gpu": hardware.cuda.name, "torch": torch.__version__, "kernels": kernels}
+    arch = arch_of(hardware.cuda.capability)
+    return {"arch": arch, "gpu": hardware.cuda.name, "torch": torch.__version__, "kernels": kernels}
 
 
 def write_table(table: dict[str, Any], path: Path | None = None) -> Path:
     """Writes `table` to `path`, or else where this user's tables are looked for first."""
-    hardware = detect().cuda
-    assert hardware is not None
-    path = path or table_paths(f"sm_{hardware.capability[0]}{hardware.capability[1]}")[0]
+    path = path or table_paths(table["arch"])[0]
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(f'    "{name}": {json.dumps(row)}' for name, row in table["kernels"].items())
-    head = "".join(f'  "{key}": {json.dumps(table[key])},\n' for key in ("gpu", "torch"))
+    head = "".join(f'  "{key}": {json.dumps(table[key])},\n' for key in ("arch", "gpu", "torch"))
     path.write_text(f'{{\n{head}  "kernels": {{\n{rows}\n  }}\n}}\n')
     return path
