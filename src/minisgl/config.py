@@ -74,8 +74,9 @@ class ServerConfig:
             raise ConfigError(f"port is {self.port}; expected 0 (any free one) to 65535")
         if self.max_queue < 1:
             raise ConfigError(f"max-queue is {self.max_queue}; expected at least 1")
-        if self.api_key == "":
-            raise ConfigError("api-key is empty; leave it out to serve without a key")
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+            raise ConfigError("api-key is empty or not printable ASCII; leave it out to serve without a key")
         for name in ("client_timeout", "drain_timeout"):
             if not 0 < getattr(self, name) < 1e6:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; expected seconds above 0")

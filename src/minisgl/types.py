@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,10 @@ def _require(ok: bool, param: str, value: object, expected: str) -> None:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and re.search("[\ud800-\udfff]", value) is None
 
 
 def _is_real(value: object) -> bool:
@@ -140,7 +145,7 @@ class SamplingParams:
         _require(_is_int(top) and 0 <= top <= 20, "top_logprobs", top, "a whole number from 0 to 20")
         seed = self.seed
         _require(seed is None or (_is_int(seed) and -(2**63) <= seed < 2**63), "seed", seed, "a 64-bit integer")
-        _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "strings that aren't empty")
+        _require(all(_is_text(s) for s in self.stop), "stop", self.stop, "strings of valid Unicode that aren't empty")
         ids = self.stop_token_ids
         _require(all(_is_int(t) and t >= 0 for t in ids), "stop_token_ids", ids, "token ids")
         for token, bias in self.logit_bias.items():

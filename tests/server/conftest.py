@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from servers import Server, make_model, running, tiny_options
+from servers import KEY, Server, make_model, running, tiny_options
 
 
 @pytest.fixture(scope="session")
@@ -21,4 +21,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(tiny_model: Path) -> Iterator[Server]:
     with running(*tiny_options(tiny_model)) as server:
+        yield server.wait_ready()
+
+
+@pytest.fixture(scope="session")
+def fake(tiny_model: Path) -> Iterator[Server]:
+    """A server with a fake engine, a key, and little patience."""
+    options = [*tiny_options(tiny_model), "--cors", "https://a.example, https://b.example", "--client-timeout", "1.5"]
+    with running(*options, env={"MINISGL_API_KEY": KEY}, fake=True) as server:
         yield server.wait_ready()

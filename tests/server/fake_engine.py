@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from minisgl.config import EngineConfig
 from minisgl.messages import EngineStats, TokenOutput
-from minisgl.types import FinishReason, ModelError, RequestError, SamplingParams
+from minisgl.types import FinishReason, ModelError, RequestError, SamplingParams, TokenLogprob
 
 NAME = "fake_engine:FakeEngine"
 VOCAB_SIZE = 1000
@@ -25,8 +25,9 @@ class _Running:
 
 
 class FakeEngine:
-    """Token i of the answer is token i of the prompt, over and over, plus the seed. `config.model` picks a mood:
-    'unloadable', 'broken' (both fail at start), 'slow' (10 ms a step) or 'fast'."""
+    """Token i of the answer is token i of the prompt, over and over, plus the seed. The log-probability of token t is
+    -t / 8, and token 0 comes with it as the likelier one. The last part of `config.model` picks a mood: 'unloadable',
+    'broken' (both fail at start), 'slow' (10 ms a step) or another name for a fast one."""
 
     max_total_tokens = 100_000
     vocab_size = VOCAB_SIZE
@@ -37,7 +38,7 @@ class FakeEngine:
         if config.model == "broken":
             raise ValueError("broken on purpose")
         self.config = replace(config, device="cpu", dtype="float32")
-        self._step_s = 0.01 if config.model == "slow" else 0.0
+        self._step_s = 0.01 if config.model.endswith("slow") else 0.0
         self._running: dict[str, _Running] = {}
         self._ended: list[TokenOutput] = []
         self._steps = 0
@@ -70,15 +71,27 @@ class FakeEngine:
     def _next(self, request_id: str, running: _Running) -> TokenOutput:
         if POISON in running.prompt:
             raise RuntimeError("poisoned")
-        token = running.prompt[running.num_output % len(running.prompt)] + (running.params.seed or 0)
+        params, first = running.params, running.num_output == 0
+        token = running.prompt[running.num_output % len(running.prompt)] + (params.seed or 0)
         running.num_output += 1
-        if running.num_output != running.params.max_tokens:
-            return TokenOutput(request_id, [token])
-        del self._running[request_id]
-        return TokenOutput(request_id, [token], finish=FinishReason.LENGTH)
+        tokens = [] if params.max_tokens == 0 else [token]
+        ended = params.max_tokens is not None and running.num_output >= params.max_tokens
+        if ended:
+            del self._running[request_id]
+        return TokenOutput(
+            request_id,
+            tokens,
+            [_logprob(t) for t in tokens] if params.logprobs else [],
+            FinishReason.LENGTH if ended else None,
+            prompt_logprobs=[_logprob(t) for t in running.prompt[1:]] if params.prompt_logprobs and first else [],
+        )
 
     def stats(self) -> EngineStats:
         running = len(self._running)
         return EngineStats(
             num_running=running, num_pages=NUM_PAGES, num_free_pages=NUM_PAGES - running, steps=self._steps
         )
+
+
+def _logprob(token: int) -> TokenLogprob:
+    return TokenLogprob(token, -token / 8, ((0, 0.0),))

@@ -29,6 +29,7 @@ TEMPLATE = (
 )
 A = 32  # the token 'A': a byte-level alphabet in order begins with '!'
 START_TIMEOUT_S = 120
+KEY = "sk-the-key"
 
 
 def make_model(folder: Path) -> Path:
@@ -64,10 +65,11 @@ def make_model(folder: Path) -> Path:
 
 
 class Server:
-    """A running `python -m minisgl serve`."""
+    """A running `python -m minisgl serve`; with `fake`, one whose engine is `FakeEngine`."""
 
-    def __init__(self, *options: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "minisgl", "serve", *options]
+    def __init__(self, *options: str, env: dict[str, str] | None = None, fake: bool = False) -> None:
+        program = [str(Path(__file__).with_name("fake_server.py"))] if fake else ["-m", "minisgl"]
+        command = [sys.executable, *program, "serve", *options]
         full_env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **(env or {})}
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=full_env
@@ -96,8 +98,8 @@ class Server:
         assert self.url, self.output
         return self
 
-    def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60, **options)
+    def client(self, api_key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
 
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
@@ -140,9 +142,9 @@ def tiny_options(model: Path, port: int = 0) -> list[str]:
 
 
 @contextmanager
-def running(*options: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+def running(*options: str, env: dict[str, str] | None = None, fake: bool = False) -> Iterator[Server]:
     """A server that was just started, and ends with the context."""
-    server = Server(*options, env=env)
+    server = Server(*options, env=env, fake=fake)
     try:
         yield server
     finally:

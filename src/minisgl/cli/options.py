@@ -90,7 +90,9 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 def server_config(args: argparse.Namespace) -> ServerConfig:
     """`engine_config` for the server. The key may come from the environment, where `ps` doesn't show it."""
     given = {name: getattr(args, name) for name in SERVER_OPTIONS}
-    return ServerConfig(**given | {"api_key": args.api_key or os.environ.get("MINISGL_API_KEY")})
+    if args.api_key is None:
+        given["api_key"] = os.environ.get("MINISGL_API_KEY")
+    return ServerConfig(**given)
 
 
 def _add(group: Any, config: type[Config], options: dict[str, Option]) -> None:

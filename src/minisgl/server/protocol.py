@@ -166,7 +166,7 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[int], Field(min_length=1, fail_fast=True)]
         | Annotated[list[list[int]], Field(min_length=1, fail_fast=True)]
     )
-    logprobs: Int64 | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
 
     def _own_params(self) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""Chats that can't be rendered: the app in this process, without an engine, since nothing gets as far."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from minisgl.config import ServerConfig
+from minisgl.messages import EngineReady
+from minisgl.server.app import create_app
+from minisgl.server.service import Backend, Service
+from minisgl.text import ChatTemplate, GenerationDefaults, Text, Tokenizer, load_text
+
+
+def ask(text: Text, path: str, body: dict[str, Any]) -> httpx.Response:
+    service = Service(ServerConfig(), "tiny")
+    service.start(Backend(text, None, EngineReady(100, 259, "cpu", "float32")))  # type: ignore[arg-type]
+
+    async def post() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            return await http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+
+    return asyncio.run(post())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Tokenizer:
+    return load_text(tiny_model).require_tokenizer()
+
+
+def chat(text: Text, **fields: Any) -> tuple[int, str]:
+    response = ask(text, "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], **fields})
+    return response.status_code, response.json()["error"]["message"]
+
+
+def test_chat_without_a_template_is_told_what_to_do(tokenizer: Tokenizer) -> None:
+    status, message = chat(Text(tokenizer, None, GenerationDefaults()))
+    assert status == 400
+    assert "no chat template" in message
+    assert "/v1/completions" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ raise_exception('only cats may ask') }}", "only cats may ask"),
+        ("{{ raise_exception(messages[0].name) }}", "refuses this request"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0].content.nothing.more }}", "no attribute 'more'"),
+        ("{% for m in messages %}", "doesn't compile"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'x' * messages }}", "refuses this request"),
+        ("{% for i in range(10000000) %}x{% endfor %}", "refuses this request"),
+        ("{{ ''.__class__.__mro__ }}", "refuses this request"),
+        ("", "the prompt is empty"),
+        ("{{ messages[0].name }}", "half of a surrogate pair"),
+    ],
+)
+def test_template_that_fails_is_an_error_of_the_request(tokenizer: Tokenizer, source: str, text: str) -> None:
+    messages = [{"role": "user", "content": "Hi", "name": "\ud800"}]
+    template = ChatTemplate({"default": source}, {})
+    status, message = chat(Text(tokenizer, template, GenerationDefaults()), messages=messages)
+    assert status == 400
+    assert text in message
+
+
+def test_model_without_a_tokenizer_takes_and_gives_ids_only() -> None:
+    text = Text(None, None, GenerationDefaults())
+    for path, body in (
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/tokenize", {"prompt": "Hi"}),
+        ("/detokenize", {"tokens": [1]}),
+    ):
+        response = ask(text, path, body)
+        assert response.status_code == 400
+        assert "this model has no tokenizer" in response.json()["error"]["message"]
