@@ -9,7 +9,6 @@ from torch import Tensor
 
 from minisgl.kernels import check
 from minisgl.kernels.nvrtc import CTYPES, Build, prepare
-from minisgl.kernels.qkv_post.op import check_angles, head_lanes, random_angles, rotate
 from minisgl.kernels.rmsnorm.op import floats_only, triton_fits
 from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.tuning import Config
@@ -57,6 +56,23 @@ def _plan(tensors: tuple[Tensor, ...], version: str | None, config: Config | Non
     return launcher("rope", device, q.dtype, version, config, tokens, heads, k.shape[1], dim) if tokens else nothing
 
 
+def check_angles(cos_sin: Tensor, positions: Tensor, tokens: int, dim: int) -> None:
+    """Checks the arguments that say how far each token is rotated."""
+    check.dims("cos_sin", cos_sin, 2, "[positions, D]")
+    check.shape("cos_sin", cos_sin, (cos_sin.shape[0], dim))
+    check.dtype("cos_sin", cos_sin, (torch.float32,))
+    check.contiguous("cos_sin", cos_sin)
+    check.aligned("cos_sin", cos_sin, 16)
+    check.shape("positions", positions, (tokens,))
+    check.dtype("positions", positions, (torch.int32,))
+    check.contiguous("positions", positions)
+
+
+def head_lanes(dim: int) -> int:
+    """Lanes that hold a head, as `Head::kLanes` in head.cuh."""
+    return 1 << (dim // 8 - 1).bit_length()
+
+
 def _build(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, work: int) -> Build:
     macros = {"HEAD_DIM": dim, "NUM_Q": heads, "NUM_KV": kv_heads, "WORK": work}
     return Build.of("rope/rope.cu", "rope", DTYPE=CTYPES[dtype], **macros)
@@ -81,9 +97,26 @@ def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     return triton_v1.run
 
 
+def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding (Su et al., 2021) of x [T, H, D], in x's own precision."""
+    cos, sin = cos_sin[positions.long()].to(x.dtype).unsqueeze(1).chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
 def _reference(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
     q.copy_(rotate(q, cos_sin, positions))
     k.copy_(rotate(k, cos_sin, positions))
+
+
+def random_angles(shape: Shape, device: torch.device, generator: torch.Generator, copies: int) -> tuple[Tensor, Tensor]:
+    """A table of cosines and sines [max_position, D], and positions [copies, T]."""
+    dim, limit = shape["head_dim"], shape.get("max_position", 4096)
+    frequencies = 10000.0 ** -(torch.arange(0, dim, 2, device=device) / dim)
+    angles = torch.arange(limit, device=device)[:, None] * frequencies
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).float().contiguous()
+    shape_ = (copies, shape["tokens"])
+    return cos_sin, torch.randint(0, limit, shape_, device=device, generator=generator, dtype=torch.int32)
 
 
 def _inputs(
