@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from servers import CONTEXT, VOCAB_SIZE, A, Server, wait_until
 
 USER = [{"role": "user", "content": "Tell me a story."}]
@@ -28,12 +29,19 @@ def complete(client: openai.OpenAI, **fields: Any) -> Any:
     return client.completions.create(model="tiny", extra_body={"ignore_eos": True, **extra}, **fields)
 
 
-EXTRAS = {"ignore_eos", "min_tokens", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "priority"}
+EXTRAS = {
+    *("ignore_eos", "min_tokens", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "skip_special_tokens"),
+    "priority",
+}
 
 
 def chat(client: openai.OpenAI, **fields: Any) -> Any:
     fields = {"messages": USER, "max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}, **fields}
     return client.chat.completions.create(model="tiny", **fields)
+
+
+def texts(answer: Any) -> list[str]:
+    return [choice.text for choice in answer.choices]
 
 
 def error_of(server: Server, path: str, body: Any) -> tuple[int, dict[str, Any]]:
@@ -187,6 +195,26 @@ def test_stop_token_id_ends_the_answer(client: openai.OpenAI) -> None:
     assert stopped.usage.completion_tokens == 1
 
 
+def test_filters_that_leave_one_token_are_greedy(client: openai.OpenAI) -> None:
+    greedy = texts(complete(client, max_tokens=16))
+    for fields in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}):
+        assert texts(complete(client, max_tokens=16, temperature=1, **fields)) == greedy
+    assert texts(complete(client, max_tokens=16, temperature=1, top_k=-1, seed=1)) != greedy
+
+
+def test_penalties_change_the_answer(client: openai.OpenAI) -> None:
+    greedy = texts(complete(client, max_tokens=40))
+    for fields in ({"repetition_penalty": 5.0}, {"frequency_penalty": 2.0}, {"presence_penalty": 2.0}):
+        assert texts(complete(client, max_tokens=40, **fields)) != greedy
+
+
+def test_end_of_text_ends_the_answer_unless_ignored_or_too_early(client: openai.OpenAI) -> None:
+    eos = {"logit_bias": {"256": 100}, "max_tokens": 9, "skip_special_tokens": False}
+    ends = [complete(client, **eos, ignore_eos=False, min_tokens=m) for m in (0, 4)]
+    assert [(e.usage.completion_tokens, e.choices[0].finish_reason) for e in ends] == [(1, "stop"), (5, "stop")]
+    assert texts(complete(client, **eos)) == ["</s>" * 9]
+
+
 def test_logit_bias_forces_a_token(client: openai.OpenAI) -> None:
     assert complete(client, logit_bias={str(A): 100}, max_tokens=3).choices[0].text == "AAA"
 
@@ -209,6 +237,12 @@ def test_chat_logprobs_come_with_a_stream(client: openai.OpenAI) -> None:
     assert [t.bytes for t in streamed] == [t.bytes for t in whole]
 
 
+def test_completion_logprobs_name_the_chosen_token_too(client: openai.OpenAI) -> None:
+    lists = complete(client, logprobs=0, temperature=1, seed=3).choices[0].logprobs
+    for token, logprob, top in zip(lists.tokens, lists.token_logprobs, lists.top_logprobs, strict=True):
+        assert top == {token: logprob}
+
+
 def test_completion_logprobs_are_parallel_lists(client: openai.OpenAI) -> None:
     lists = complete(client, logprobs=2).choices[0].logprobs
     assert len(lists.tokens) == len(lists.token_logprobs) == len(lists.top_logprobs) == len(lists.text_offset) == 8
@@ -222,8 +256,16 @@ def test_max_tokens_defaults_to_what_is_left_of_the_context(client: openai.OpenA
     prompt = [1] * (CONTEXT - 20)
     answer = complete(client, prompt=prompt, max_tokens=None)
     assert answer.usage.completion_tokens == 20
-    answer = complete(client, prompt=prompt, max_tokens=1000)
+    answer = complete(client, prompt=prompt, max_tokens=CONTEXT)
     assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (20, "length")
+
+
+def test_max_tokens_beyond_the_context_are_refused_with_both_numbers(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=rf"{CONTEXT + 1}.*{CONTEXT}") as info:
+        complete(client, max_tokens=CONTEXT + 1)
+    assert (info.value.param, info.value.code) == ("max_tokens", "context_length_exceeded")
+    with pytest.raises(openai.BadRequestError):
+        chat(client, max_tokens=openai.omit, max_completion_tokens=CONTEXT + 1)
 
 
 def test_max_completion_tokens_counts_in_a_chat(client: openai.OpenAI) -> None:
@@ -258,6 +300,88 @@ def test_fields_without_effect_and_unknown_ones_are_accepted(client: openai.Open
     assert answer.choices[0].message.content == chat(client).choices[0].message.content
 
 
+# -- beside the answers --------------------------------------------------------------------------------------------
+
+
+def post(server: Server, path: str, **body: Any) -> dict[str, Any]:
+    response = httpx.post(server.url + path, json=body, timeout=30)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def test_tokenize_gives_the_ids_of_a_text_and_back(server: Server) -> None:
+    assert post(server, "/tokenize", prompt="AB") == {"tokens": [A, A + 1], "count": 2, "max_model_len": CONTEXT}
+    for text in ("", "Grüße, 🌍!", "<|start|>"):
+        ids = post(server, "/tokenize", prompt=text)["tokens"]
+        assert post(server, "/detokenize", tokens=ids)["prompt"] == text
+    assert post(server, "/detokenize", tokens=[A, 256], skip_special_tokens=True)["prompt"] == "A"
+
+
+def test_tokenize_of_a_chat_is_what_the_chat_costs(server: Server, client: openai.OpenAI) -> None:
+    tokens = post(server, "/tokenize", messages=USER)
+    assert tokens["count"] == chat(client).usage.prompt_tokens
+    bare = post(server, "/tokenize", messages=USER, add_generation_prompt=False)
+    assert bare["tokens"] == tokens["tokens"][: bare["count"]]
+    assert bare["count"] < tokens["count"]
+
+
+def test_abort_ends_a_stream_with_what_it_has(server: Server, client: openai.OpenAI) -> None:
+    stream = iter(complete(client, max_tokens=CONTEXT - 10, n=2, stream=True))
+    first = next(stream)
+    assert post(server, "/abort", request_id=first.id) == {"aborted": 2}
+    reasons = [c.choices[0].finish_reason for c in stream]
+    assert reasons.count("abort") == 2
+    assert post(server, "/abort", request_id=first.id) == {"aborted": 0}
+    wait_until(lambda: server.counts()["num_running"] == 0)
+
+
+def test_request_id_is_in_the_header_of_an_answer(client: openai.OpenAI) -> None:
+    answer = complete(client)
+    assert answer._request_id == answer.id
+
+
+def test_metrics_count_what_happens(server: Server, client: openai.OpenAI) -> None:
+    def read() -> dict[str, float]:
+        families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+        return {s.name + "".join(s.labels.values()): s.value for family in families for s in family.samples}
+
+    wait_until(lambda: server.counts()["num_running"] == 0)
+    before = read()
+    complete(client, prompt="metrics want a prompt of some pages", max_tokens=20, n=2)
+    wait_until(lambda: read()["minisgl_requests_running"] == 0)
+    gained = {name: value - before.get(name, 0) for name, value in read().items()}
+    assert gained["minisgl_requests_totallength"] == 2
+    assert gained["minisgl_prompt_tokens_total"] == 2 * len("metrics want a prompt of some pages")
+    assert gained["minisgl_output_tokens_total"] == 40
+    assert gained["minisgl_time_to_first_token_seconds_count"] == 2
+    assert gained["minisgl_inter_token_latency_seconds_count"] == 38
+    assert gained["minisgl_inter_token_latency_seconds_sum"] > 0
+    after = read()
+    assert after["minisgl_requests_waiting"] == after["minisgl_kv_usage_ratio"] == 0
+    assert 0 < after["minisgl_prefix_hit_ratio"] < 1
+    assert after["minisgl_preemptions_total"] == server.counts()["preemptions"]
+
+
+def test_priority_goes_first(server: Server) -> None:
+    async def run() -> list[str]:
+        async with server.async_client() as client:
+            order: list[str] = []
+
+            async def one(name: str, priority: int) -> None:
+                extra = {"ignore_eos": True, "priority": priority}
+                await client.completions.create(model="tiny", prompt=[1], max_tokens=200, n=32, extra_body=extra)
+                order.append(name)
+
+            tasks = [asyncio.create_task(one("running", 0))]
+            await asyncio.sleep(0.2)
+            tasks += [asyncio.create_task(one(name, p)) for name, p in (("low", -1), ("plain", 0), ("high", 5))]
+            await asyncio.gather(*tasks)
+            return order
+
+    assert asyncio.run(run()) == ["running", "high", "plain", "low"]
+
+
 # -- errors --------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +397,18 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"seed": 1.5}, "seed", "valid integer"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "valid integer"),
     ({"stream": "yes"}, "stream", "valid boolean"),
+    ({"stop": ["a"] * 65}, "stop", "at most 64"),
+    ({"stop": "\ud800"}, "stop", "valid Unicode"),
+    ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+    ({"logprobs": True}, "logprobs", "valid integer"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "more than max_tokens"),
+    ({"top_k": 2**40}, "top_k", "below 2^31"),
+    ({"seed": 2**63}, "seed", "less than"),
+    ({"priority": 10**30}, "priority", "less than"),
+    ({"max_tokens": 10**30}, "max_tokens", "less than"),
+    ({"stop_token_ids": [2**62]}, "stop_token_ids", "outside the vocabulary"),
+    ({"prompt": [2**70]}, "prompt", "outside the vocabulary"),
+    ({"n": 129}, "n", "to 128"),
     ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ({"model": "gpt-4"}, "model", "not served here"),
 ]
@@ -288,12 +424,22 @@ def test_bad_field_is_named_in_the_error(server: Server, fields: dict[str, Any],
     assert text in error["message"]
 
 
-BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
+def _nested(depth: int) -> dict[str, Any]:
+    return {"a": _nested(depth - 1)} if depth else {}
+
+
+BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": []}, "messages", "at least 1"),
     ({"messages": "hi"}, "messages", "valid list"),
     ({"messages": [{"role": "pope", "content": "x"}]}, "messages", "'assistant'"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "image_url"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "no tools, please"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "half of a surrogate pair"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages", "valid string"),
+    ({"messages": [None]}, "messages", "valid dictionary"),
+    ({"messages": [{"role": "user", "content": "x", "zzz": _nested(900)}]}, None, "nested too deeply"),
+    ({"messages": USER, "echo": True}, "echo", "not supported"),
+    ({"messages": USER, "prompt_logprobs": 1}, "prompt_logprobs", "not supported"),
     ({"messages": USER, "tools": [{"type": "function"}]}, "tools", "not supported"),
     ({"messages": USER, "modalities": ["audio"]}, "modalities", "not supported"),
     ({"messages": USER, "top_logprobs": 2}, "top_logprobs", "needs logprobs"),
@@ -302,7 +448,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("body", "param", "text"), BAD_CHATS, ids=lambda v: v if isinstance(v, str) else "")
-def test_bad_chat_is_named_in_the_error(server: Server, body: dict[str, Any], param: str, text: str) -> None:
+def test_bad_chat_is_named_in_the_error(server: Server, body: dict[str, Any], param: str | None, text: str) -> None:
     status, error = error_of(server, "/v1/chat/completions", body)
     assert (status, error["param"]) == (400, param)
     assert text in error["message"]
@@ -321,7 +467,14 @@ BAD_BODIES: list[tuple[str | bytes, str]] = [
     (f'{{"prompt": [{VOCAB_SIZE}]}}', f"vocabulary of {VOCAB_SIZE}"),
     ('{"prompt": "x", "temperature": NaN}', "temperature is nan"),
     ('{"prompt": "x", "temperature": 1e999}', "temperature is inf"),
-    ('{"prompt": ' + "[" * 5000 + "]" * 5000 + "}", ""),
+    ('{"prompt": "x", "temperature": -Infinity}', "temperature is -inf"),
+    ('{"prompt": "x", "logit_bias": {"1": NaN}}', "{1: nan}"),
+    ('{"prompt": "x", "max_tokens": ' + "9" * 5000 + "}", "4300 digits"),
+    ('{"prompt": ' + "[" * 5000 + "]" * 5000 + "}", "recursion"),
+    ('{"prompt": "x", "zzz": ' + '{"a":' * 200_000 + "1" + "}" * 200_000 + "}", "recursion"),
+    (b'{"prompt": "\xff"}', "can't decode byte"),
+    (b"\xff\xfe{}", "not valid JSON"),
+    ("", "JSON object"),
     (f'{{"prompt": "x", "logit_bias": {{"{VOCAB_SIZE}": 1}}}}', "vocabulary"),
     (f'{{"prompt": "x", "stream": true, "logit_bias": {{"{VOCAB_SIZE}": 1}}}}', "vocabulary"),
 ]
@@ -340,7 +493,7 @@ def test_too_long_a_prompt_is_refused_with_both_numbers(client: openai.OpenAI) -
         complete(client, prompt=[1] * (CONTEXT + 5), stream=True)
     assert str(CONTEXT + 5) in info.value.message
     assert str(CONTEXT) in info.value.message
-    assert info.value.param == "prompt"
+    assert (info.value.param, info.value.code) == ("prompt", "context_length_exceeded")
 
 
 def test_a_bad_prompt_among_good_ones_refuses_them_all(server: Server) -> None:

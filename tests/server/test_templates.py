@@ -52,7 +52,7 @@ def test_chat_without_a_template_is_told_what_to_do(tokenizer: Tokenizer) -> Non
         ("{{ raise_exception('only cats may ask') }}", "only cats may ask"),
         ("{{ raise_exception(messages[0].name) }}", "refuses this request"),
         ("{{ 1 / 0 }}", "division by zero"),
-        ("{{ messages[0].content.nothing.more }}", "no attribute 'more'"),
+        ("{{ messages[0].content.nothing.more }}", "no attribute 'nothing'"),
         ("{% for m in messages %}", "doesn't compile"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 'x' * messages }}", "refuses this request"),
