@@ -87,7 +87,7 @@ class LLM:
 
     def run(
         self, requests: Iterable[tuple[Key, Prompt | Messages, SamplingParams | None]], max_in_flight: int | None = None
-    ) -> Iterator[tuple[Key, RequestOutput | RequestError]]:
+    ) -> Generator[tuple[Key, RequestOutput | RequestError]]:
         """Serves any number of requests, and yields each one's result as soon as it is there.
 
         Args:

@@ -59,6 +59,14 @@ class PseudoTerminal:
                 raise AssertionError(f"the program ended; on the screen:\n{self.text()}")
         return self.text()
 
+    def settle(self, quiet_s: float = 0.3) -> None:
+        """Reads until nothing has come for a while."""
+        changed, seen = time.monotonic(), len(self.raw)
+        while time.monotonic() < changed + quiet_s:
+            self._read()
+            if len(self.raw) != seen:
+                changed, seen = time.monotonic(), len(self.raw)
+
     def wait_for(self, text: str, timeout: float = TIMEOUT_S) -> str:
         return self.wait(lambda screen: text in screen, timeout)
 
