@@ -8,6 +8,7 @@
 #include <string>
 #include <string_view>
 
+#include "cpu/bindings.hpp"
 #include "radix/compare.hpp"
 #include "radix/radix_tree.hpp"
 
@@ -126,4 +127,5 @@ NB_MODULE(_C, module) {
         .def("evict", &PrefixCache::evict, "num_pages"_a)
         .def("reset", &PrefixCache::reset)
         .def("check_integrity", [](PrefixCache& self) { self.tree().check_integrity(); });
+    minisgl::cpu::bind(module);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Hardware:
     memory_bytes: int
     cuda: CudaDevice | None
     no_cuda_reason: str = ""
+    extension: bool = False  # whether the C++ extension is installed
 
 
 def _cpu_name() -> str:
@@ -77,4 +79,5 @@ def detect() -> Hardware:
     else:
         p = torch.cuda.get_device_properties(0)
         device = CudaDevice(p.name, (p.major, p.minor), p.multi_processor_count, p.L2_cache_size, p.total_memory)
-    return Hardware(_cpu_name(), len(os.sched_getaffinity(0)), memory, device, reason)
+    extension = importlib.util.find_spec("minisgl._C") is not None
+    return Hardware(_cpu_name(), len(os.sched_getaffinity(0)), memory, device, reason, extension)

@@ -9,7 +9,7 @@ from minisgl.types import ConfigError
 
 __all__ = ["NAMES", "AttentionBackend", "ForwardBatch", "make_attention"]
 
-NAMES = ("torch_sdpa", "triton")
+NAMES = ("torch_sdpa", "cpu", "triton")
 
 
 def make_attention(name: str) -> AttentionBackend:
@@ -22,6 +22,10 @@ def make_attention(name: str) -> AttentionBackend:
         from minisgl.attention.torch_sdpa import TorchSDPA
 
         return TorchSDPA()
+    if name == "cpu":
+        from minisgl.attention.cpu_paged import CpuPaged
+
+        return CpuPaged()
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             raise ConfigError("attention triton needs the package triton; pip install triton, or use torch_sdpa")

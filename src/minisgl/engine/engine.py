@@ -42,7 +42,10 @@ class Engine:
         self.tp = tp or TPGroup()
         dtype = getattr(torch, config.dtype)
         path = resolve_model(config.model)
-        self.model = load_model(Path(path), dtype, self.device, self.tp, dummy=config.dummy_weights, seed=config.seed)
+        dummy, packed = config.dummy_weights, config.attention == "cpu"
+        self.model = load_model(
+            Path(path), dtype, self.device, self.tp, dummy, config.seed, packed=packed, fused=config.fused_kernels
+        )
         model = self.model.config
         context = model.max_position
         if config.max_model_len is not None and config.max_model_len > context:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from minisgl.distributed import TPGroup
+from minisgl.kernels.cpu import PackedMatrix, PackedRows
 from minisgl.models.config import ModelConfig
+
+Weight: TypeAlias = nn.Parameter | PackedMatrix  # of a matrix product
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +24,22 @@ class Build:
     dtype: torch.dtype
     device: torch.device
     tp: TPGroup = TPGroup()
+    packed: bool = False  # weights for the CPU kernels
+    fused_kernels: bool = False  # CUDA kernels for what lies between the matrix products
+
+    @property
+    def fused(self) -> bool:
+        """Whether layers call the project's CUDA kernels: where they were asked for and fit."""
+        fits = self.config.head_dim % 8 == 0 and self.config.head_dim <= 256
+        return self.fused_kernels and self.device.type == "cuda" and fits
 
     def empty(self, *shape: int) -> nn.Parameter:
         """A parameter without values yet."""
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
+
+    def weight(self, rows: int, columns: int) -> Weight:
+        """The weight of a matrix product, without values yet."""
+        return PackedMatrix(rows, columns) if self.packed else self.empty(rows, columns)
 
     def kv_heads(self) -> tuple[int, int]:
         """Number and first of this rank's key-value heads; ranks share one where there are fewer heads than ranks."""
@@ -39,7 +54,7 @@ class Build:
 class Place:
     """Where one tensor of a checkpoint goes: all of it, or this rank's slice of it along `dim`."""
 
-    target: Tensor  # a view into a parameter
+    target: Tensor | PackedRows  # a view into a parameter, or what stands for one
     shape: tuple[int, ...]  # of the whole tensor
     dim: int = 0
     start: int = 0

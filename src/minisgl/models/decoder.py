@@ -27,7 +27,7 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, rotation: Rotation, batch: ForwardBatch
+        self, x: Tensor, residual: Tensor | None, rotation: Rotation | Tensor, batch: ForwardBatch
     ) -> tuple[Tensor, Tensor]:
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, rotation, batch)
@@ -75,7 +75,7 @@ class CausalLM(nn.Module):
         )
         self.norm = RMSNorm(build, config.hidden_size)
         self.lm_head = self.embed_tokens if config.tie_embeddings else VocabTable(build)
-        self.rotary = Rotary(config, build.device)
+        self.rotary = Rotary(config, build.device, build.fused)
         self.stack: PackedStack | None = None  # runs the layers in our place, where it is there
         self.eval()
 
@@ -85,12 +85,14 @@ class CausalLM(nn.Module):
         `batch.attention.prepare(batch)` comes before.
 
         Returns:
-            Logits [R, vocab_size] in float32 of the rows `batch.logits_indices`.
+            Logits [R, vocab_size] in the weights' dtype, of the rows `batch.logits_indices`.
         """
         return self.logits(self.hidden(batch))
 
     def hidden(self, batch: ForwardBatch) -> Tensor:
         """As `forward`, up to the head: final hidden states [R, hidden_size]."""
+        if self.stack is not None:
+            return self.stack.hidden(batch)
         rotation = self.rotary(batch.positions)
         x = self.embed_tokens.embed(batch.input_ids)
         residual: Tensor | None = None
@@ -101,5 +103,5 @@ class CausalLM(nn.Module):
         return self.norm(x.index_select(0, rows), residual.index_select(0, rows))[0]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head: [R, hidden_size] → [R, vocab_size] in float32."""
+        """The head: [R, hidden_size] → [R, vocab_size]."""
         return self.lm_head.logits(hidden)

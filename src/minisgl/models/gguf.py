@@ -12,7 +12,8 @@ import torch
 from msgspec import structs
 
 from minisgl.gguf_file import GGUFFile, GGUFTensor
-from minisgl.models.build import model_places
+from minisgl.kernels.cpu import GGUF_FORMATS, PackedRows
+from minisgl.models.build import Place, model_places
 from minisgl.models.config import ModelConfig, RopeScaling, Values, check, yarn_mscale
 from minisgl.models.decoder import CausalLM
 from minisgl.models.progress import byte_bar
@@ -140,13 +141,38 @@ def load(model: CausalLM, file: GGUFFile, progress: bool) -> None:
                 if name not in places:
                     raise unknown_tensors([tensor.name], path)
                 check_shape(tensor.name, part.shape, places[name], path)
-                values = torch.from_numpy(dequantise(file.path, part))
-                if model.gguf_interleaved and re.search(r"[qk]_proj", name):
-                    values = _split_pairs(values, model.config.head_dim)
-                places[name].put(values[places[name].slices()])
+                split = model.gguf_interleaved and re.search(r"[qk]_proj", name)
+                _put(places[name], file.path, part, model.config.head_dim if split else None)
                 found.add(name)
             advance(tensor.num_bytes)
     require_all(places, found, path)
+
+
+def _put(place: Place, path: str, tensor: GGUFTensor, pairs_of: int | None) -> None:
+    """Puts a tensor where it goes: as the blocks that it is in the file, or its values.
+
+    Args:
+        pairs_of: the size of heads whose rows lie as rotary pairs, None if they don't.
+    """
+    target = place.target
+    in_blocks = isinstance(target, PackedRows) and tensor.type in GGUF_FORMATS
+    rows = torch.from_numpy(np.array(_bytes(path, tensor)) if in_blocks else dequantise(path, tensor))
+    if pairs_of is not None:
+        rows = _split_pairs(rows, pairs_of)
+    if not isinstance(target, PackedRows):
+        place.put(rows[place.slices()])
+    elif in_blocks:
+        target.put(tensor.type.lower(), rows)
+    else:  # half precision is far finer than the blocks that these values come from
+        target.copy_(rows if tensor.type in ("F32", "F16", "BF16") else rows.half())
+
+
+def _bytes(path: str, tensor: GGUFTensor) -> np.ndarray:
+    """The bytes of a tensor of the file at `path`, mapped: uint8 [rows, bytes a row]."""
+    try:
+        return np.memmap(path, np.uint8, "r", tensor.offset, (tensor.num_bytes,)).reshape(tensor.shape[0], -1)
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{path}: tensor {tensor.name} can't be read: {e}") from e
 
 
 def _pieces(tensor: GGUFTensor) -> Iterator[tuple[str, GGUFTensor]]:
@@ -174,11 +200,10 @@ def dequantise(path: str, tensor: GGUFTensor) -> np.ndarray:
     import gguf
 
     try:
-        data = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.num_bytes,))
-        values = gguf.dequantize(data, gguf.GGMLQuantizationType[tensor.type])
+        values = gguf.dequantize(_bytes(path, tensor).reshape(-1), gguf.GGMLQuantizationType[tensor.type])
     except NotImplementedError as e:
         raise ModelError(f"tensor {tensor.name} is of type {tensor.type}, which the gguf package can't read") from e
-    except (OSError, ValueError) as e:
+    except ValueError as e:
         raise ModelError(f"{path}: tensor {tensor.name} can't be read: {e}") from e
     return np.require(values.reshape(tensor.shape), np.float32, "W")
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minisgl.attention.base import ForwardBatch
-from minisgl.models.build import Build, Place
+from minisgl.kernels.cpu import PackedMatrix
+from minisgl.models.build import Build, Place, Weight
 from minisgl.models.rotary import Rotation
 
 
@@ -25,11 +27,24 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = build.empty(size)
         self.eps = build.config.norm_eps
+        self.fused = build.fused
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The norm of `x + residual`, and that sum itself; `residual` is added to in place."""
+        if self.fused:
+            return self._forward_fused(x, residual)
         residual = x if residual is None else residual.add_(x)
         return F.rms_norm(residual, self.weight.shape, self.weight, self.eps), residual
+
+    def _forward_fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        from minisgl.kernels.rmsnorm.op import add_rmsnorm, rmsnorm
+
+        out = torch.empty_like(x)
+        if residual is None:
+            rmsnorm(x, self.weight, self.eps, out)
+            return out, x
+        add_rmsnorm(x, residual, self.weight, self.eps, out)
+        return out, residual
 
     def places(self, path: str) -> Iterator[tuple[str, Place]]:
         yield f"{path}.weight", Place(self.weight, tuple(self.weight.shape))
@@ -54,6 +69,10 @@ class HeadNorm(nn.Module):
         yield f"{parent}.k_norm.weight", Place(self.weight[self.num_heads :], shape)
 
 
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    return weight.linear(x, bias) if isinstance(weight, PackedMatrix) else F.linear(x, weight, bias)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One projection in a merged weight: its name and rows in the checkpoint, and this rank's range of them."""
@@ -71,11 +90,11 @@ class ColumnLinear(nn.Module):
         super().__init__()
         self.parts = tuple(parts)
         out_size = sum(part.size for part in parts)
-        self.weight = build.empty(out_size, in_size)
+        self.weight = build.weight(out_size, in_size)
         self.bias = build.empty(out_size) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def places(self, path: str) -> Iterator[tuple[str, Place]]:
         parent, row = path.rpartition(".")[0], 0
@@ -94,18 +113,18 @@ class RowLinear(nn.Module):
     def __init__(self, build: Build, in_size: int, out_size: int, bias: bool, start: int, size: int) -> None:
         super().__init__()
         self.tp, self.start, self.in_size = build.tp, start, in_size
-        self.weight = build.empty(out_size, size)
+        self.weight = build.weight(out_size, size)
         self.bias = build.empty(out_size) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        out = self.tp.all_reduce(F.linear(x, self.weight))
+            return linear(x, self.weight, self.bias)
+        out = self.tp.all_reduce(linear(x, self.weight))
         return out if self.bias is None else out + self.bias
 
     def places(self, path: str) -> Iterator[tuple[str, Place]]:
         out_size, size = self.weight.shape
-        yield f"{path}.weight", Place(self.weight, (out_size, self.in_size), 1, self.start, size)
+        yield f"{path}.weight", Place(self.weight[:], (out_size, self.in_size), 1, self.start, size)
         if self.bias is not None:
             yield f"{path}.bias", Place(self.bias, (out_size,))
 
@@ -122,11 +141,14 @@ class VocabTable(nn.Module):
         self.rows = -(-self.vocab_size // build.tp.size)
         self.start = build.tp.rank * self.rows
         self.size = max(0, min(self.rows, self.vocab_size - self.start))  # rows that are ids
-        self.weight = build.empty(self.rows, build.config.hidden_size)
-        self.weight[self.size :].zero_()
+        self.weight = build.weight(self.rows, build.config.hidden_size)
+        if self.size < self.rows:
+            self.weight[self.size :].copy_(torch.zeros(self.rows - self.size, self.weight.shape[1]))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [T] → their rows [T, hidden_size]."""
+        if isinstance(self.weight, PackedMatrix):
+            return self.weight.embed(ids)
         if self.tp.size == 1:
             return F.embedding(ids, self.weight)
         local = ids - self.start
@@ -135,9 +157,9 @@ class VocabTable(nn.Module):
         return self.tp.all_reduce(rows)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Hidden states [R, hidden_size] → logits [R, vocab_size] in float32, the same on every rank."""
-        logits = self.tp.all_gather(F.linear(x, self.weight))
-        return logits[:, : self.vocab_size].float()
+        """Hidden states [R, hidden_size] → logits [R, vocab_size], the same on every rank."""
+        logits = self.tp.all_gather(linear(x, self.weight))
+        return logits[:, : self.vocab_size]
 
     def places(self, path: str) -> Iterator[tuple[str, Place]]:
         shape = (self.vocab_size, self.weight.shape[1])
@@ -163,18 +185,36 @@ class Attention(nn.Module):
         self.head_norm = HeadNorm(build, self.num_heads, self.num_kv_heads) if head_norm else None
         self.o_proj = RowLinear(build, q_rows, config.hidden_size, config.o_bias, start, size)
 
-    def forward(self, x: Tensor, rotation: Rotation, batch: ForwardBatch) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | Tensor, batch: ForwardBatch) -> Tensor:
         """`x` [T, hidden_size] → [T, hidden_size]; this step's keys and values go into the pool first."""
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        if isinstance(rotation, Rotation):
+            q = self._rotate_and_store(heads, rotation, batch)
+        else:
+            q = self._rotate_and_store_fused(heads, rotation, batch)
+        out = batch.attention.forward(q, self.layer, batch, self.scale, self.window)
+        return self.o_proj(out.view(x.shape[0], -1))  # type: ignore[no-any-return]
+
+
+    def _rotate_and_store(self, heads: Tensor, rotation: Rotation, batch: ForwardBatch) -> Tensor:
         num_qk = self.num_heads + self.num_kv_heads
         qk, v = heads[:, :num_qk], heads[:, num_qk:]
         if self.head_norm is not None:
             qk = self.head_norm(qk)
         qk = rotation.apply(qk)
-        q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-        batch.pool.store(self.layer, k, v, batch.slots)
-        out = batch.attention.forward(q, self.layer, batch, self.scale, self.window)
-        return self.o_proj(out.view(x.shape[0], -1))  # type: ignore[no-any-return]
+        batch.pool.store(self.layer, qk[:, self.num_heads :], v, batch.slots)
+        return qk[:, : self.num_heads]
+
+    def _rotate_and_store_fused(self, heads: Tensor, table: Tensor, batch: ForwardBatch) -> Tensor:
+        """The same in one launch, the queries rotated where they are."""
+        from minisgl.kernels.qkv_post.op import qkv_post
+
+        norm = self.head_norm
+        q_weight, k_weight = (norm.weight[0], norm.weight[self.num_heads]) if norm is not None else (None, None)
+        eps = norm.eps if norm is not None else 0.0
+        keys, values = batch.pool.slots(self.layer)
+        qkv_post(heads.flatten(1), q_weight, k_weight, eps, table, batch.positions, keys, values, batch.slots)
+        return heads[:, : self.num_heads]
 
 
 class MLP(nn.Module):
@@ -187,9 +227,18 @@ class MLP(nn.Module):
         share = tp.shard(total, "columns of the MLP")
         start = tp.rank * share
         parts = [Part(name, total, start, share) for name in ("gate_proj", "up_proj")]
+        self.fused = build.fused
         self.gate_up_proj = ColumnLinear(build, config.hidden_size, parts, config.mlp_bias)
         self.down_proj = RowLinear(build, total, config.hidden_size, config.mlp_bias, start, share)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate).mul_(up))  # type: ignore[no-any-return]
+        gate_up = self.gate_up_proj(x)
+        if self.fused:
+            from minisgl.kernels.silu_mul.op import silu_mul
+
+            out = gate_up.new_empty(x.shape[0], gate_up.shape[1] // 2)
+            silu_mul(gate_up, out)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            out = F.silu(gate).mul_(up)
+        return self.down_proj(out)  # type: ignore[no-any-return]

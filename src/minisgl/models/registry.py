@@ -13,9 +13,11 @@ import torch
 
 from minisgl.distributed import TPGroup
 from minisgl.gguf_file import read_gguf
+from minisgl.kernels.cpu import choose_kernels
 from minisgl.models import gguf, weights
 from minisgl.models.build import Build
 from minisgl.models.config import ModelConfig, Values, base_fields, check
+from minisgl.models.cpu import PackedStack
 from minisgl.models.decoder import CausalLM
 from minisgl.models.llama import Llama, Mistral
 from minisgl.models.qwen2 import Qwen2
@@ -65,12 +67,16 @@ def load_model(
     dummy: bool = False,
     seed: int = 0,
     progress: bool = True,
+    packed: bool = False,
+    fused: bool = False,
 ) -> CausalLM:
     """The model at `path` (a folder or a .gguf file), ready to run, with this rank's share of the weights.
 
     Args:
         dtype: of the weights and activations, whatever the file holds.
         dummy: random weights, the same for the same `seed` and device; only the configuration is read.
+        fused: on a GPU, the project's CUDA kernels between the matrix products; they need cuda-core.
+        packed: keep the weights as the CPU kernels want them, where these serve: the CPU, float32, one rank.
         progress: whether to show a bar on standard error while weights load.
 
     Raises:
@@ -78,11 +84,16 @@ def load_model(
         ConfigError: the model can't be split over `tp`'s ranks.
     """
     config = read_config(path)
-    model = FAMILIES[config.family](Build(config, dtype, device, tp or TPGroup()))
+    packed = packed and device.type == "cpu" and dtype == torch.float32 and (tp is None or tp.size == 1)
+    if packed:
+        choose_kernels()
+    model = FAMILIES[config.family](Build(config, dtype, device, tp or TPGroup(), packed, fused))
     if dummy:
         weights.fill_randomly(model, seed)
     elif path.is_file():
         gguf.load(model, read_gguf(path), progress)
     else:
         weights.load(model, path, progress)
+    if packed and config.moe is None:
+        model.stack = PackedStack(model)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from minisgl.models.config import ModelConfig, RopeScaling
 
 
+@dataclass(frozen=True, slots=True)
 class Rotation:
     """Cosine and sine of one step's positions: all layers share them."""
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self.cos, self.sin = cos, sin  # [T, 1, head_dim] float32; the first half of sin is negated
+    cos: Tensor  # [T, 1, head_dim] float32
+    sin: Tensor  # the same, its first half negated
 
     def apply(self, x: Tensor) -> Tensor:
         """`x` [T, heads, head_dim] rotated, element i of a head paired with i + head_dim / 2; x's dtype."""
@@ -23,21 +25,30 @@ class Rotation:
 
 
 class Rotary(nn.Module):
-    """Positions → `Rotation`. Computed afresh each step: cheaper than a table as long as the context."""
+    """Positions → `Rotation`, computed afresh each step; or, for kernels that look angles up, one table for all."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, with_table: bool = False) -> None:
         super().__init__()
         frequencies = scaled_frequencies(config)
         self.frequencies = frequencies.to(device)  # [head_dim / 2]
         scaling = config.rope_scaling
         self.attention_factor = scaling.attention_factor if scaling is not None else 1.0
+        self.table: Tensor | None = None  # [max_position, head_dim] float32: cosines, then sines
+        if with_table:
+            self.table = torch.cat(self._angles(torch.arange(config.max_position, device=device)), -1)
 
-    def forward(self, positions: Tensor) -> Rotation:
-        """`positions` [T] of any integer dtype."""
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = positions.to(torch.float32).unsqueeze(-1) * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         if self.attention_factor != 1.0:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        return cos, sin
+
+    def forward(self, positions: Tensor) -> Rotation | Tensor:
+        """`positions` [T] of any integer dtype. Where there is a table, it is what comes back."""
+        if self.table is not None:
+            return self.table
+        cos, sin = self._angles(positions)
         return Rotation(torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1))
 
 

@@ -106,10 +106,8 @@ def _some(names: list[str], most: int = 5) -> str:
 
 def fill_randomly(model: nn.Module, seed: int) -> None:
     """Small normal weights, norms of 1; drawn on the model's device, the same for the same seed and kind of device."""
-    parameters = list(model.named_parameters())
-    generator = torch.Generator(parameters[0][1].device).manual_seed(seed)
-    for name, parameter in parameters:
-        if "norm" in name:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, 0.02, generator=generator)
+    places = model_places(model)
+    generator = torch.Generator(next(iter(places.values())).target.device).manual_seed(seed)
+    for name, place in places.items():
+        values = torch.ones(place.target.shape, dtype=place.target.dtype, device=generator.device)
+        place.put(values if "norm" in name else values.normal_(0.0, 0.02, generator=generator))

@@ -1,0 +1,68 @@
+"""A dense model on the CPU: all layers in one call of the C++ decoder (csrc/cpu/decoder.hpp)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minisgl.attention.base import ForwardBatch
+from minisgl.kernels.cpu import PackedMatrix, address, native, pages
+from minisgl.models.layers import MLP, Attention
+
+if TYPE_CHECKING:
+    from minisgl.models.decoder import CausalLM, DecoderLayer
+
+
+class PackedStack:
+    """The layers of `model`, which must be built with packed weights and outlive this."""
+
+    def __init__(self, model: CausalLM) -> None:
+        c = model.config
+        sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim)
+        embedding = _native(model.embed_tokens.weight)
+        self.model = model
+        # What is left to torch is little, and its idle threads would spin where ours work.
+        torch.set_num_threads(1)
+        self.native = native.Decoder(sizes, c.norm_eps, embedding, model.norm.weight.data_ptr())
+        for layer in model.layers:
+            self._add(layer)  # type: ignore[arg-type]
+
+    def _add(self, layer: DecoderLayer) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        assert isinstance(attention, Attention) and isinstance(mlp, MLP)
+        head_norm = attention.head_norm.weight if attention.head_norm is not None else None
+        norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight, head_norm
+        linears = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+        qkv, o, gate_up, down = (_native(linear.weight) for linear in linears)
+        b1, b2, b3, b4 = (address(linear.bias) for linear in linears)
+        n1, n2, n3 = (address(norm) for norm in norms)
+        window = attention.window or 0
+        self.native.add_layer((n1, n2, n3), qkv, o, gate_up, down, (b1, b2, b3, b4), window)
+
+    def hidden(self, batch: ForwardBatch) -> Tensor:
+        """As `CausalLM.hidden`."""
+        rotation, pool = self.model.rotary(batch.positions), batch.pool
+        rows = batch.logits_indices.long()
+        out = torch.empty(rows.shape[0], self.model.config.hidden_size)
+        self.native.forward(
+            batch.input_ids.shape[0],
+            rows.shape[0],
+            batch.input_ids.data_ptr(),
+            rotation.cos.data_ptr(),
+            rotation.sin.data_ptr(),
+            batch.slots.data_ptr(),
+            rows.data_ptr(),
+            pages(batch.page_table, batch.seq_lens, batch.query_starts, pool.page_size),
+            pool.k.data_ptr(),
+            pool.v.data_ptr(),
+            pool.k.stride(0),
+            out.data_ptr(),
+        )
+        return out
+
+
+def _native(weight: object) -> native.PackedWeight:
+    assert isinstance(weight, PackedMatrix)
+    return weight.native
