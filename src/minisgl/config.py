@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 from minisgl.hardware import Hardware
@@ -36,6 +37,7 @@ class EngineConfig:
     prefix_cache: bool = True
     overlap: bool = True  # schedule and launch a step while the one before it runs
     attention: str = "auto"
+    fused_kernels: bool = False  # the project's CUDA kernels between a layer's matrix products
     cuda_graph: bool = True  # replay decode steps as CUDA graphs, where there is a GPU
     cuda_graph_max_batch: int | None = None  # requests in the largest graph; None: max_running
 
@@ -84,6 +86,10 @@ class ServerConfig:
             raise ConfigError(f"sampling-defaults is {self.sampling_defaults!r}; expected model or neutral")
 
 
+def _installed(*packages: str) -> bool:
+    return all(find_spec(name) is not None for name in packages)
+
+
 def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
     """A configuration without 'auto' in it, fit for `hardware`.
 
@@ -113,8 +119,12 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
         )
     changes["max_running"], changes["max_batched_tokens"] = running, batched
     cpu_kernels = device == "cpu" and changes.get("dtype", config.dtype) == "float32" and hardware.extension
+    if config.fused_kernels and (device != "cuda" or not _installed("cuda", "cuda.core")):
+        raise ConfigError("fused-kernels needs a GPU and the package cuda-core: pip install 'minisgl[cuda]'")
     if config.attention == "auto":
-        changes["attention"] = "cpu" if cpu_kernels else "torch_sdpa"
+        triton = hardware.cuda is not None and hardware.cuda.capability >= (8, 0) and _installed("triton")
+        on_gpu = "triton" if triton else "torch_sdpa"
+        changes["attention"] = on_gpu if device == "cuda" else "cpu" if cpu_kernels else "torch_sdpa"
     if config.attention == "cpu" and not cpu_kernels:
         raise ConfigError("attention cpu needs device cpu, dtype float32 and the C++ extension; use torch_sdpa")
     return replace(config, **changes)

@@ -161,11 +161,10 @@ class SamplingParams:
             defaults: sampling defaults of the model, by this class's field names.
             eos_token_ids: ids that end a text, unless `ignore_eos`.
         """
-        neutral: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-        filled: dict[str, Any] = {
-            name: defaults.get(name, value) if getattr(self, name) is None else getattr(self, name)
-            for name, value in neutral.items()
-        }
+        filled: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        for name, neutral in filled.items():
+            own = getattr(self, name)
+            filled[name] = defaults.get(name, neutral) if own is None else own
         extra = () if self.ignore_eos else tuple(eos_token_ids)
         stop_ids = tuple(dict.fromkeys(self.stop_token_ids + extra))
         return replace(self, stop_token_ids=stop_ids, **filled)
@@ -271,7 +270,7 @@ class Completion:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The result for one prompt of `LLM.generate`; `text`, `token_ids` and `finish_reason` are its first completion's."""
+    """The result for one prompt; `text`, `token_ids` and `finish_reason` are those of its first completion."""
 
     prompt: str | None
     prompt_token_ids: list[int]

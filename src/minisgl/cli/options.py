@@ -48,6 +48,7 @@ ENGINE_OPTIONS = {
     "policy": Option("--policy", "who goes first: first come, or longest cached prefix", choices=POLICIES),
     "prefix_cache": Option("--no-prefix-cache", "compute every prompt from its start", switch=True),
     "overlap": Option("--no-overlap", "schedule a step only once the one before has ended", switch=True),
+    "fused_kernels": Option("--fused-kernels", "the project's CUDA kernels inside a layer; experimental", switch=True),
     "cuda_graph": Option("--no-cuda-graph", "launch every kernel of a decode step by itself", switch=True),
     "cuda_graph_max_batch": Option(
         "--cuda-graph-max-batch", "requests in the largest CUDA graph; default: --max-running", int, metavar="N"

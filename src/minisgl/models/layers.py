@@ -195,7 +195,6 @@ class Attention(nn.Module):
         out = batch.attention.forward(q, self.layer, batch, self.scale, self.window)
         return self.o_proj(out.view(x.shape[0], -1))  # type: ignore[no-any-return]
 
-
     def _rotate_and_store(self, heads: Tensor, rotation: Rotation, batch: ForwardBatch) -> Tensor:
         num_qk = self.num_heads + self.num_kv_heads
         qk, v = heads[:, :num_qk], heads[:, num_qk:]
