@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -44,9 +43,7 @@ def create_app(service: Service) -> FastAPI:
         origins = [origin.strip() for origin in service.config.cors.split(",")]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     install_handlers(app)
-    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    document["components"]["schemas"] |= _COMPONENTS
-    app.openapi_schema = document
+    app.openapi()["components"]["schemas"] |= _COMPONENTS  # made once, and kept
     return app
 
 
