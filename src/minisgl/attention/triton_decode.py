@@ -23,6 +23,7 @@ from torch import Tensor
 
 from minisgl.attention.triton_tiles import Tile
 
+LOG2_E = 1.4426950408889634  # scores become powers of two
 LONG = 4096  # tokens that one program may read while others wait for it
 MAX_PROGRAMS = 4096  # with splits; more that find nothing to do would cost more than the splits gain
 
@@ -44,7 +45,11 @@ class Splits:
         programs = num_seqs * num_kv_heads
         fill, even = round(2 * num_sms / programs), -(-max_len // LONG)
         chunk = 32 if fill > 1 else LONG // 4
-        return Splits(chunk, max(1, min(max(fill, even), -(-max_len // chunk), MAX_PROGRAMS // programs)))
+        return Splits(chunk, min(max(fill, even), -(-max_len // chunk))).within(programs)
+
+    def within(self, programs: int) -> Splits:
+        """As many parts of each as there is scratch memory for, if there are `programs` without splits."""
+        return Splits(self.chunk, max(1, min(self.most, MAX_PROGRAMS // programs)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +189,6 @@ def _combine(
     tl.store(out + (seq * KV_HEADS * GROUP + head) * DIM + dims, merged.to(out.dtype.element_ty), mask=dims < DIM)
 
 
-LOG2_E = 1.4426950408889634
-
-
 def decode(
     q: Tensor,
     keys: Tensor,
@@ -215,6 +217,7 @@ def decode(
     num_seqs, heads, dim = q.shape
     _, page, kv_heads, _ = keys.shape
     group, dim_pad = heads // kv_heads, triton.next_power_of_2(max(dim, 16))
+    assert splits.most == 1 or num_seqs * kv_heads * splits.most <= MAX_PROGRAMS
     window = 2**31 - 1 if window is None else window
     launch = {"num_warps": tile.warps, "num_stages": tile.stages, **({"launch_pdl": True} if pdl else {})}
     _decode[kv_heads, num_seqs, splits.most](

@@ -37,7 +37,7 @@ class TritonPaged(AttentionBackend):
     """Attention on NVIDIA GPUs, in any mix of decodes and extending sequences; safe to capture in a CUDA graph.
 
     Args:
-        splits: fixes how decodes are split; None: by the batch.
+        splits: fixes how decodes are split, as far as scratch memory allows; None: by the batch.
 
     Raises:
         ConfigError: there is no GPU for the kernels, and Triton's interpreter is off.
@@ -55,10 +55,12 @@ class TritonPaged(AttentionBackend):
     def prepare(self, batch: ForwardBatch) -> None:
         n, table, splits = batch.num_decodes, batch.page_table, None
         gpu = torch.cuda.get_device_properties(table.device) if table.is_cuda else None
-        if n:
+        if n and self.splits:
+            splits = self.splits.within(n * batch.pool.num_kv_heads)
+        elif n:
             sms = gpu.multi_processor_count if gpu else SMS_UNKNOWN
             longest = table.shape[1] * batch.pool.page_size
-            splits = self.splits or Splits.choose(n, batch.pool.num_kv_heads, longest, sms)
+            splits = Splits.choose(n, batch.pool.num_kv_heads, longest, sms)
         batch.plan = Plan(
             splits,
             gpu is not None and gpu.major >= 9,
@@ -79,7 +81,7 @@ class TritonPaged(AttentionBackend):
         dim_pad = triton.next_power_of_2(dim)
         if plan.splits is not None:
             parts = self._scratch(q, batch.pool.num_kv_heads)
-            tile = decode_tile(dim_pad, q.dtype)
+            tile = decode_tile(dim_pad, q.dtype, plan.splits.most > 1)
             table, lens = plan.tables[0], plan.lens[0]
             decode(q[:n], *pool, table, lens, out[:n], scale, window, tile, plan.splits, parts, plan.pdl)
         if plan.num_extend_tokens:

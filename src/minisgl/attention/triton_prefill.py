@@ -20,7 +20,7 @@ from minisgl.attention.triton_tiles import Tile
 def _prefill(
     q, q_stride, keys, values, table, table_stride, lens, starts, num_seqs, out, scale, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, WINDOWED: tl.constexpr,
+    DIM_PAD: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # a sequence's last tiles see the most keys: they start first
@@ -32,44 +32,42 @@ def _prefill(
     length = tl.load(lens + seq)
 
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
-    places = query + rows // GROUP
+    which = query + rows // GROUP
     heads = kv_head * GROUP + rows % GROUP
-    wanted = ((places < count) & (rows < QUERIES * GROUP))[:, None] & (dims < DIM)[None, :]
-    tokens = (row + places).to(tl.int64)
+    wanted = ((which < count) & (rows < QUERIES * GROUP))[:, None] & (dims < DIM)[None, :]
+    tokens = (row + which).to(tl.int64)
     columns = heads[:, None] * DIM + dims[None, :]
     queries = tl.load(q + tokens[:, None] * q_stride + columns, mask=wanted, other=0.0)
 
-    positions = length - count + places  # of the queries
+    positions = length - count + which  # of the queries
     lowest = length - count + query
-    end = tl.minimum(lowest + QUERIES, length)
     begin = tl.maximum(lowest - window + 1, 0)
-    everyone = begin  # from here on all the tile's queries see a key, as far as the window goes
-    if WINDOWED:
-        everyone += tl.cdiv(tl.maximum(end - window - begin, 0), TOKENS) * TOKENS
-        everyone = tl.minimum(everyone, end)
-    diagonal = everyone + tl.maximum(lowest + 1 - everyone, 0) // TOKENS * TOKENS  # from here on not all do again
-
+    end = tl.minimum(lowest + QUERIES, length)
     best = tl.full([ROWS], -1e30, tl.float32)  # finite: rows that see nothing of a tile mustn't become NaN
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    pages_row = table + seq.to(tl.int64) * table_stride
+    table += seq.to(tl.int64) * table_stride
     ahead = begin + tl.arange(0, TOKENS)
-    pages = tl.load(pages_row + ahead // PAGE, mask=ahead < length, other=0)
-    keys += kv_head * DIM
-    values += kv_head * DIM
-    if WINDOWED:
-        best, total, acc, pages = _attend(
-            best, total, acc, pages, queries, keys, values, pages_row, begin, everyone, positions, length, scale,
-            window, KV_HEADS, DIM, DIM_PAD, PAGE, TOKENS, True, True,
-        )  # fmt: skip
-    best, total, acc, pages = _attend(
-        best, total, acc, pages, queries, keys, values, pages_row, everyone, diagonal, positions, length, scale,
-        window, KV_HEADS, DIM, DIM_PAD, PAGE, TOKENS, False, False,
-    )  # fmt: skip
-    best, total, acc, pages = _attend(
-        best, total, acc, pages, queries, keys, values, pages_row, diagonal, end, positions, length, scale,
-        window, KV_HEADS, DIM, DIM_PAD, PAGE, TOKENS, True, False,
-    )  # fmt: skip
+    pages = tl.load(table + ahead // PAGE, mask=ahead < end, other=0)
+    for start in tl.range(begin, end, TOKENS):
+        places = start + tl.arange(0, TOKENS)
+        slots = (pages.to(tl.int64) if WIDE else pages) * PAGE + places % PAGE
+        offsets = slots[:, None] * (KV_HEADS * DIM) + (kv_head * DIM + dims)[None, :]
+        ahead = places + TOKENS  # page ids a tile early: the loads of keys and values then depend on no other load
+        pages = tl.load(table + ahead // PAGE, mask=ahead < end, other=0)
+        inside = (places < end)[:, None] & (dims < DIM)[None, :]
+        k = tl.load(keys + offsets, mask=inside, other=0.0)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
+        if (start + TOKENS > lowest + 1) | (start < end - window):  # not all of the queries see all of these keys
+            seen = (places[None, :] <= positions[:, None]) & (places[None, :] > positions[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_best[:, None])
+        fade = tl.exp2(best - new_best)
+        total = total * fade + tl.sum(weights, 1)
+        v = tl.load(values + offsets, mask=inside, other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        best = new_best
 
     result = acc / total[:, None]
     tl.store(out + tokens[:, None] * (KV_HEADS * GROUP * DIM) + columns, result.to(out.dtype.element_ty), mask=wanted)
@@ -91,48 +89,6 @@ def _locate(tile, starts, num_seqs, QUERIES: tl.constexpr):
     seq = before - 1
     first = (tl.load(starts + seq) - row) // QUERIES + seq
     return seq, (tile - first) * QUERIES
-
-
-@triton.jit
-def _attend(
-    best, total, acc, pages, queries, keys, values, pages_row, begin, end, positions, length, scale, window,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr,
-):  # fmt: skip
-    """Adds the keys at `begin` … `end` to the running softmax; `pages` are the page ids of the next tile."""
-    dims = tl.arange(0, DIM_PAD)
-    for start in tl.range(begin, end, TOKENS):
-        places = start + tl.arange(0, TOKENS)
-        slots = pages.to(tl.int64) * PAGE + places % PAGE
-        offsets = slots[:, None] * (KV_HEADS * DIM) + dims[None, :]
-        ahead = places + TOKENS
-        pages = tl.load(pages_row + ahead // PAGE, mask=ahead < length, other=0)
-        if MASKED:
-            seen = (places < length)[:, None] & (dims < DIM)[None, :]
-            k = tl.load(keys + offsets, mask=seen, other=0.0)
-        elif DIM == DIM_PAD:
-            k = tl.load(keys + offsets)
-        else:
-            k = tl.load(keys + offsets, mask=(dims < DIM)[None, :], other=0.0)
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
-        if MASKED:
-            visible = places[None, :] <= positions[:, None]
-            if WINDOWED:
-                visible = visible & (places[None, :] > positions[:, None] - window)
-            scores = tl.where(visible, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new_best[:, None])
-        fade = tl.exp2(best - new_best)
-        total = total * fade + tl.sum(weights, 1)
-        if MASKED:
-            v = tl.load(values + offsets, mask=seen, other=0.0)
-        elif DIM == DIM_PAD:
-            v = tl.load(values + offsets)
-        else:
-            v = tl.load(values + offsets, mask=(dims < DIM)[None, :], other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-        best = new_best
-    return best, total, acc, pages
 
 
 def prefill(
@@ -169,6 +125,6 @@ def prefill(
         q, q.stride(0), keys, values, table, table.stride(0), lens, starts, num_seqs, out, scale * LOG2_E,
         2**31 - 1 if window is None else window,
         KV_HEADS=kv_heads, GROUP=group, QUERIES=queries, ROWS=rows, DIM=dim,
-        DIM_PAD=triton.next_power_of_2(max(dim, 16)), PAGE=page, TOKENS=tile.tokens, WINDOWED=window is not None,
+        DIM_PAD=triton.next_power_of_2(max(dim, 16)), PAGE=page, TOKENS=tile.tokens, WIDE=keys.numel() >= 2**31,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
