@@ -9,7 +9,6 @@ from minisgl.cli import options
 from minisgl.cli.chat import Chat
 from minisgl.cli.report import Report
 from minisgl.cli.terminal import Pipe, Screen, Terminal
-from minisgl.gguf_file import cache_dir
 from minisgl.types import ModelError, RequestError, SamplingParams
 
 HELP = "Chat with a model in the terminal."
@@ -44,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
     """
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
     config = options.engine_config(args)
+    from minisgl.gguf_file import cache_dir
     from minisgl.llm import LLM
 
     llm = LLM(**{name: getattr(config, name) for name in options.ENGINE_OPTIONS})
