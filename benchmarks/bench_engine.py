@@ -30,11 +30,10 @@ def random_prompt(length: int, vocab_size: int) -> array[int]:
 
 def weight_bytes(engine: Engine) -> int:
     """Bytes of weights that a decode step reads: all, but an embedding table that isn't the LM head as well."""
-    total = sum(p.numel() * p.element_size() for p in engine.model.parameters())
-    if not engine.model.config.tie_embeddings:
-        table = engine.model.config.vocab_size * engine.model.config.hidden_size
-        total -= table * next(engine.model.parameters()).element_size()
-    return total
+    model = engine.model
+    weights = (w for m in model.modules() for w in (*m.parameters(recurse=False), getattr(m, "weight", None)))
+    total = sum({id(w): w.nbytes for w in weights if w is not None}.values())  # packed ones are no parameters
+    return total if model.config.tie_embeddings else total - model.embed_tokens.weight.nbytes
 
 
 def kv_bytes(engine: Engine) -> int:
