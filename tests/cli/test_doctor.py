@@ -185,11 +185,15 @@ def test_doctor_finds_this_machine_fit_where_the_tests_run(smollm2: Path, capsys
     assert "✗" not in out
 
 
-def test_doctor_json_says_the_same(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_json_says_the_same(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = look()
+    monkeypatch.setattr(doctor, "look", lambda: facts)
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is True
-    assert [Check(**check) for check in report["checks"]] == diagnose(look())
+    assert [Check(**check) for check in report["checks"]] == diagnose(facts)
 
 
 def test_doctor_exits_with_1_and_names_what_to_mend(
