@@ -8,7 +8,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any, TypeVar
@@ -188,7 +188,7 @@ class LLM:
         job = _Job(RequestOutput(prompt if isinstance(prompt, str) else None, tokens, answers), ended, params.n)
         try:
             for answer in answers:
-                job.ids.append(self._add(tokens, _nth(params, answer.index), partial(job.take, answer)))
+                job.ids.append(self._add(tokens, params.nth(answer.index), partial(job.take, answer)))
         except BaseException:
             self._abandon(job.ids)
             raise
@@ -284,8 +284,3 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, num: int
     if len(params) != num:
         raise RequestError(f"there are {num} prompts and {len(params)} sampling_params; give one, or one for each")
     return list(params)
-
-
-def _nth(params: SamplingParams, k: int) -> SamplingParams:
-    """Parameters of the k-th of n answers: with a seed, each has its own."""
-    return replace(params, n=1, seed=None if params.seed is None else params.seed + k)
