@@ -10,6 +10,7 @@ from torch import Tensor
 from minisgl.attention.base import ForwardBatch
 from minisgl.kernels.cpu import PackedMatrix, address, native, pages
 from minisgl.models.layers import MLP, Attention
+from minisgl.models.rotary import Rotation
 
 if TYPE_CHECKING:
     from minisgl.models.decoder import CausalLM, DecoderLayer
@@ -44,6 +45,7 @@ class PackedStack:
     def hidden(self, batch: ForwardBatch) -> Tensor:
         """As `CausalLM.hidden`."""
         rotation, pool = self.model.rotary(batch.positions), batch.pool
+        assert isinstance(rotation, Rotation)
         rows = batch.logits_indices.long()
         out = torch.empty(rows.shape[0], self.model.config.hidden_size)
         self.native.forward(

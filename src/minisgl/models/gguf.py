@@ -142,13 +142,13 @@ def load(model: CausalLM, file: GGUFFile, progress: bool) -> None:
                     raise unknown_tensors([tensor.name], path)
                 check_shape(tensor.name, part.shape, places[name], path)
                 split = model.gguf_interleaved and re.search(r"[qk]_proj", name)
-                _put(places[name], file.path, part, model.config.head_dim if split else None)
+                put(places[name], file.path, part, model.config.head_dim if split else None)
                 found.add(name)
             advance(tensor.num_bytes)
     require_all(places, found, path)
 
 
-def _put(place: Place, path: str, tensor: GGUFTensor, pairs_of: int | None) -> None:
+def put(place: Place, path: str, tensor: GGUFTensor, pairs_of: int | None) -> None:
     """Puts a tensor where it goes: as the blocks that it is in the file, or its values.
 
     Args:
