@@ -16,7 +16,7 @@ import pytest
 from servers import wait_until
 
 import minisgl
-from minisgl.cli import main
+from minisgl.cli import main, serve
 from minisgl.cli.options import (
     ENGINE_OPTIONS,
     SERVER_OPTIONS,
@@ -53,10 +53,12 @@ def test_options_reach_their_fields() -> None:
         *"--model m --device cpu --dtype float16 --dummy-weights --tp 2 --seed 3 --page-size 8 --num-pages 9".split(),
         *"--mem-fraction 0.5 --max-model-len 10 --max-running 11 --max-batched-tokens 12 --policy lpm".split(),
         *"--no-prefix-cache --no-overlap --attention a --host h --port 13 --served-model-name n --max-queue 14".split(),
+        *"--api-key k --cors * --client-timeout 15 --drain-timeout 16 --sampling-defaults neutral".split(),
     )
     engine = EngineConfig("m", "cpu", "float16", True, 2, 3, 8, 9, 0.5, 10, 11, 12, "lpm", False, False, "a")
     assert engine_config(args) == engine
-    assert server_config(args) == ServerConfig("h", 13, "n", 14)
+    assert server_config(args) == ServerConfig("h", 13, "n", 14, "k", "*", 15, 16, "neutral")
+    assert "'k'" not in repr(server_config(args))
 
 
 @pytest.mark.parametrize("args", ["--page-size 0", "--mem-fraction 2", "--tp 0", "--num-pages -1"])
@@ -65,10 +67,26 @@ def test_options_out_of_range_are_refused(args: str) -> None:
         engine_config(parse(*args.split()))
 
 
-@pytest.mark.parametrize("args", ["--port 70000", "--max-queue 0"])
+@pytest.mark.parametrize(
+    "args", ["--port 70000", "--max-queue 0", "--api-key é", "--client-timeout 0", "--drain-timeout nan"]
+)
 def test_server_options_out_of_range_are_refused(args: str) -> None:
     with pytest.raises(ConfigError, match=args.split()[0][2:]):
         server_config(parse(*args.split()))
+
+
+def test_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINISGL_API_KEY", "secret")
+    assert server_config(parse()).api_key == "secret"
+    assert server_config(parse("--api-key", "other")).api_key == "other"
+    with pytest.raises(ConfigError, match="api-key is empty"):  # as --api-key "$UNSET" is
+        server_config(parse("--api-key", ""))
+
+
+def test_serving_takes_smaller_steps_than_offline() -> None:
+    assert serve.engine_config(parse()).max_batched_tokens == 2048
+    assert serve.engine_config(parse("--max-running", "5000")).max_batched_tokens == 5000
+    assert serve.engine_config(parse("--max-batched-tokens", "64")).max_batched_tokens == 64
 
 
 def test_bare_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -252,6 +252,18 @@ def test_completion_logprobs_are_parallel_lists(client: openai.OpenAI) -> None:
         assert top[token] == max(top.values()) == logprob  # greedy
 
 
+def test_scores_of_a_prompt_are_those_of_its_generation(client: openai.OpenAI) -> None:
+    prompt = "Prompts of several pages are cached, which scoring must not mind. "
+    letters = {str(A + i): 100 for i in range(26)}  # log-probabilities are those before the bias
+    said = complete(client, prompt=prompt, max_tokens=20, logprobs=2, logit_bias=letters).choices[0]
+    for _ in range(2):
+        scored = complete(client, prompt=prompt + said.text, max_tokens=0, echo=True, logprobs=2).choices[0].logprobs
+        assert scored.tokens == list(prompt + said.text)
+        assert scored.token_logprobs[0] is None
+        assert scored.token_logprobs[-20:] == pytest.approx(said.logprobs.token_logprobs, abs=1e-4)
+        assert scored.top_logprobs[-1] == pytest.approx(said.logprobs.top_logprobs[-1], abs=1e-4)
+
+
 def test_max_tokens_defaults_to_what_is_left_of_the_context(client: openai.OpenAI) -> None:
     prompt = [1] * (CONTEXT - 20)
     answer = complete(client, prompt=prompt, max_tokens=None)

@@ -109,6 +109,18 @@ def test_second_sigterm_ends_answers_at_once(fresh: Server) -> None:
     assert "Traceback" not in fresh.output
 
 
+def test_drain_has_an_end(tiny_model: Path) -> None:
+    with running(*tiny_options(tiny_model), "--drain-timeout", "1") as server, server.wait_ready().client() as client:
+        stream = story(client)
+        next(stream)
+        os.kill(server.engine_pid(), signal.SIGSTOP)  # the answer would never end
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            for _ in stream:
+                pass
+        assert server.exit_code() == 0
+
+
 def test_sigint_to_the_whole_group_ends_cleanly(tiny_model: Path) -> None:
     with running(*tiny_options(tiny_model)) as server:
         server.wait_ready()

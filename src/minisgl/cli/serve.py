@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from minisgl import __version__
 from minisgl.cli import options
+from minisgl.config import EngineConfig
 
 if TYPE_CHECKING:
     from minisgl.server.service import Service
@@ -36,9 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from minisgl.text import load_text
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    engine, server = options.engine_config(args), options.server_config(args)
-    if engine.max_batched_tokens is None:  # fewer than offline: a step must not hold up the streams for long
-        engine = replace(engine, max_batched_tokens=max(BATCHED_TOKENS, engine.max_running or 0))
+    engine, server = engine_config(args), options.server_config(args)
     with bind(server) as listener:
         path = resolve_model(engine.model)
 
@@ -49,6 +48,14 @@ def run(args: argparse.Namespace) -> None:
         with EngineProcess(replace(engine, model=str(path))) as process:
             name = server.served_model_name or engine.model
             serve(process, lambda: load_text(path), server, name, listener, on_ready)
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """With smaller steps than offline, unless told otherwise: a step must not hold up the streams for long."""
+    config = options.engine_config(args)
+    if config.max_batched_tokens is not None:
+        return config
+    return replace(config, max_batched_tokens=max(BATCHED_TOKENS, config.max_running or 0))
 
 
 def _welcome(service: Service, url: str) -> str:

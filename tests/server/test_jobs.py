@@ -1,4 +1,4 @@
-"""Chats that can't be rendered: the app in this process, without an engine, since nothing gets as far."""
+"""From bodies to jobs, in this process and without an engine: nothing here gets as far."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ import pytest
 from minisgl.config import ServerConfig
 from minisgl.messages import EngineReady
 from minisgl.server.app import create_app
+from minisgl.server.jobs import completion_job
+from minisgl.server.protocol import CompletionRequest
 from minisgl.server.service import Backend, Service
 from minisgl.text import ChatTemplate, GenerationDefaults, Text, Tokenizer, load_text
+
+LIMITS = EngineReady(100, 259, "cpu", "float32")
 
 
 def ask(text: Text, path: str, body: dict[str, Any]) -> httpx.Response:
     service = Service(ServerConfig(), "tiny")
-    service.start(Backend(text, None, EngineReady(100, 259, "cpu", "float32")))  # type: ignore[arg-type]
+    service.start(Backend(text, None, LIMITS))  # type: ignore[arg-type]
 
     async def post() -> httpx.Response:
         transport = httpx.ASGITransport(create_app(service))
@@ -32,6 +36,15 @@ def ask(text: Text, path: str, body: dict[str, Any]) -> httpx.Response:
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model: Path) -> Tokenizer:
     return load_text(tiny_model).require_tokenizer()
+
+
+@pytest.mark.parametrize(("choice", "temperature"), [("model", 0.25), ("neutral", 1.0)])
+def test_sampling_defaults_are_the_models_or_neutral(tokenizer: Tokenizer, choice: str, temperature: float) -> None:
+    text = Text(tokenizer, None, GenerationDefaults((7,), {"temperature": 0.25, "top_k": 3}))
+    service = Service(ServerConfig(sampling_defaults=choice), "tiny")
+    service.start(Backend(text, None, LIMITS))  # type: ignore[arg-type]
+    job = asyncio.run(completion_job(service, CompletionRequest(prompt="Hi", top_k=9)))
+    assert (job.params.temperature, job.params.top_k, job.params.stop_token_ids) == (temperature, 9, (7,))
 
 
 def chat(text: Text, **fields: Any) -> tuple[int, str]:
