@@ -1,4 +1,6 @@
 // The Python module minisgl._C. Its types are in src/minisgl/_C.pyi.
+#include "cpu/bindings.hpp"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 
@@ -8,7 +10,6 @@
 #include <string>
 #include <string_view>
 
-#include "cpu/bindings.hpp"
 #include "radix/compare.hpp"
 #include "radix/radix_tree.hpp"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
@@ -90,6 +92,12 @@ def _installed(*packages: str) -> bool:
     return all(find_spec(name) is not None for name in packages)
 
 
+def _triton_runs() -> bool:
+    """Whether Triton is there, and the C compiler that it builds its launchers with."""
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    return _installed("triton") and any(shutil.which(name) for name in compilers)
+
+
 def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
     """A configuration without 'auto' in it, fit for `hardware`.
 
@@ -122,7 +130,7 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
     if config.fused_kernels and (device != "cuda" or not _installed("cuda", "cuda.core")):
         raise ConfigError("fused-kernels needs a GPU and the package cuda-core: pip install 'minisgl[cuda]'")
     if config.attention == "auto":
-        triton = hardware.cuda is not None and hardware.cuda.capability >= (8, 0) and _installed("triton")
+        triton = hardware.cuda is not None and hardware.cuda.capability >= (8, 0) and _triton_runs()
         on_gpu = "triton" if triton else "torch_sdpa"
         changes["attention"] = on_gpu if device == "cuda" else "cpu" if cpu_kernels else "torch_sdpa"
     if config.attention == "cpu" and not cpu_kernels:
