@@ -13,7 +13,7 @@ from typing import Protocol
 from minisgl import __version__
 from minisgl.types import MinisglError
 
-COMMANDS = ("serve", "shell", "generate", "doctor", "profile")  # modules of this package
+COMMANDS = ("serve", "shell", "generate", "bench", "doctor", "profile")  # modules of this package
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
