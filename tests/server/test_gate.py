@@ -97,14 +97,13 @@ def test_body_within_the_limit_is_served(fake: Server) -> None:
 
 
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n".encode()
-HALVES = {
+HALVES = {  # what 1,000 clients begin with
     "nothing": b"",
     "half a line": b"POST /v1/comp",
     "half a head": HEAD,
     "half a body": HEAD + b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
     "half a chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\n10\r\n{",
     "half a body, refused": b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{",
-    "half a second request": b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea",
 }
 
 
@@ -133,24 +132,23 @@ def num_files(server: Server) -> int:
 def test_thousand_half_requests_hold_up_nobody_and_are_cut_off(fake: Server) -> None:
     before = num_files(fake)
     with open_files(1000), contextlib.ExitStack() as stack:
-        kinds = [HALVES[name] for name in HALVES if name != "half a second request"]
-        connections = [stack.enter_context(connect(fake, kinds[i % len(kinds)])) for i in range(1000)]
+        halves = list(HALVES.values())
         start = time.monotonic()
+        connections = [stack.enter_context(connect(fake, halves[i % len(halves)])) for i in range(1000)]
         answer = post(fake, json.dumps({"prompt": "A", "max_tokens": 3}))
         assert answer.json()["choices"][0]["text"] == "AAA"
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 10
         for connection in connections:
             _read_to_end(connection)
+        assert 1 < time.monotonic() - start < 20
     wait_until(lambda: num_files(fake) <= before + 1)
     assert fake.health().json().get("open_requests", 0) == 0
 
 
-@pytest.mark.parametrize("half", HALVES)
-def test_half_a_request_is_cut_off_in_time(fake: Server, half: str) -> None:
-    with connect(fake, HALVES[half]) as connection:
-        if half == "half a second request":  # it has the time that an idle connection has
-            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-            connection.sendall(b"lt")
+def test_half_a_second_request_has_as_long_as_an_idle_connection_at_most(fake: Server) -> None:
+    with connect(fake, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea") as connection:
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"lt")
         start = time.monotonic()
         _read_to_end(connection)
         assert 0.5 < time.monotonic() - start < 10

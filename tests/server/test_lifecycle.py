@@ -17,15 +17,23 @@ import pytest
 from servers import CONTEXT, Server, alive, running, tiny_options, wait_until
 
 
+@pytest.fixture(scope="module")
+def slow_model(tiny_model: Path) -> Path:
+    """Its name makes a fake engine take 10 ms a step."""
+    link = tiny_model.with_name("slow")
+    link.symlink_to(tiny_model)
+    return link
+
+
 @pytest.fixture
-def fresh(tiny_model: Path, tmp_path: Path) -> Iterator[Server]:
-    """A server of one's own, its sockets under `tmp_path`."""
-    with running(*tiny_options(tiny_model), env={"TMPDIR": str(tmp_path)}) as server:
+def fresh(slow_model: Path, tmp_path: Path) -> Iterator[Server]:
+    """A server of one's own with a fake engine, its sockets under `tmp_path`."""
+    with running(*tiny_options(slow_model), env={"TMPDIR": str(tmp_path)}, fake=True) as server:
         yield server.wait_ready()
 
 
-def story(client: openai.OpenAI, max_tokens: int = CONTEXT - 10) -> Any:
-    """A stream that takes seconds."""
+def story(client: openai.OpenAI, max_tokens: int = 4000) -> Any:
+    """A stream of 40 seconds."""
     return client.completions.create(
         model="tiny", prompt="Once", max_tokens=max_tokens, stream=True, extra_body={"ignore_eos": True}
     )
@@ -80,7 +88,7 @@ def test_engine_killed_before_an_answer_gives_an_error_status(fresh: Server) -> 
 def test_sigterm_lets_answers_end_and_leaves_nothing_behind(fresh: Server, tmp_path: Path) -> None:
     engine = fresh.engine_pid()
     with fresh.client() as client:
-        stream = story(client, max_tokens=600)
+        stream = story(client, max_tokens=100)
         next(stream)
         fresh.process.send_signal(signal.SIGTERM)
         *_, last = stream
@@ -109,11 +117,13 @@ def test_second_sigterm_ends_answers_at_once(fresh: Server) -> None:
     assert "Traceback" not in fresh.output
 
 
-def test_drain_has_an_end(tiny_model: Path) -> None:
-    with running(*tiny_options(tiny_model), "--drain-timeout", "1") as server, server.wait_ready().client() as client:
+def test_drain_has_an_end(slow_model: Path) -> None:
+    with (
+        running(*tiny_options(slow_model), "--drain-timeout", "1", fake=True) as server,
+        server.wait_ready().client() as client,
+    ):
         stream = story(client)
         next(stream)
-        os.kill(server.engine_pid(), signal.SIGSTOP)  # the answer would never end
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError, match="shutting down"):
             for _ in stream:
@@ -199,17 +209,32 @@ def test_missing_model_is_one_clear_line(tmp_path: Path) -> None:
     assert "nothing" in line
 
 
-def test_engine_that_cannot_start_says_so_in_one_line(tiny_model: Path) -> None:
-    with running(*tiny_options(tiny_model), "--max-model-len", str(CONTEXT + 1)) as server:
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--max-model-len", str(CONTEXT + 1)], str(CONTEXT + 1)),
+        (["--mem-fraction", "1e-9"], "no memory for a KV pool"),
+        (["--model", "{folder}"], "model_type is 'starship'"),
+    ],
+)
+def test_engine_that_cannot_start_says_so_in_one_line(
+    tiny_model: Path, tmp_path: Path, options: list[str], text: str
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "starship", "architectures": ["Starship"]}')
+    base = [option for option in tiny_options(tiny_model) if option not in ("--num-pages", "600")]
+    with running(*base, *(option.format(folder=tmp_path) for option in options)) as server:
         assert server.exit_code() == 1
     errors = [line for line in server.output.splitlines() if "error:" in line]
     assert len(errors) == 1
-    assert str(CONTEXT + 1) in errors[0]
+    assert text in errors[0]
     assert "Traceback" not in server.output
 
 
-def test_full_queue_is_503_with_retry_after(tiny_model: Path) -> None:
-    with running(*tiny_options(tiny_model), "--max-queue", "1") as server, server.wait_ready().client() as client:
+def test_full_queue_is_503_with_retry_after(slow_model: Path) -> None:
+    with (
+        running(*tiny_options(slow_model), "--max-queue", "1", fake=True) as server,
+        server.wait_ready().client() as client,
+    ):
         stream = story(client)
         next(stream)
         response = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 1})

@@ -22,7 +22,7 @@ def short(tiny_model: Path) -> Iterator[Server]:
 @pytest.mark.parametrize(
     "options",
     [
-        ["--phases=fuzzing", "--max-examples=30", "--seed=1"],
+        ["--phases=fuzzing", "--max-examples=15", "--seed=1"],
         pytest.param(["--phases=examples,coverage,fuzzing", "--max-examples=200"], marks=pytest.mark.slow),
     ],
     ids=["short", "long"],

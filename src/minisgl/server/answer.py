@@ -31,7 +31,7 @@ class GenerationResponse(Response):
         self._job = job
         self._format = form
         self._created = int(time.time())
-        self._usage = _UsageCount(job)
+        self._last: dict[int, TextDelta] = {}  # of each sequence; its counts are those of all so far
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         job = self._job
@@ -40,12 +40,10 @@ class GenerationResponse(Response):
             await until_disconnect(receive, answer)
 
     async def _send_whole(self, stream: Stream, send: Send) -> None:
-        wholes: dict[int, TextDelta] = {}
         async for index, delta in stream:
-            self._usage.add(index, delta)
-            wholes[index] = merge(wholes[index], delta) if index in wholes else delta
-        choices = [self._format.choice(i, whole) for i, whole in sorted(wholes.items())]
-        body = msgspec.json.encode(self._answer(self._format.object, choices, self._usage.total()))
+            self._last[index] = merge(self._last[index], delta) if index in self._last else delta
+        choices = [self._format.choice(i, whole) for i, whole in sorted(self._last.items())]
+        body = msgspec.json.encode(self._answer(self._format.object, choices, self._usage()))
         await self._start(send, b"application/json", (b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.body", "body": body})
 
@@ -68,39 +66,26 @@ class GenerationResponse(Response):
         encoder = msgspec.json.Encoder()
         usage = None if self._job.include_usage else msgspec.UNSET
         async for index, delta in stream:
-            self._usage.add(index, delta)
+            self._last[index] = delta
             for choice in self._format.chunks(index, delta):
                 yield encoder.encode(self._answer(self._format.chunk_object, [choice], usage))
         if self._job.include_usage:
-            yield encoder.encode(self._answer(self._format.chunk_object, [], self._usage.total()))
+            yield encoder.encode(self._answer(self._format.chunk_object, [], self._usage()))
         yield b"[DONE]"
 
     async def _start(self, send: Send, content_type: bytes, header: tuple[bytes, bytes]) -> None:
         headers = [(b"content-type", content_type), (b"x-request-id", self._job.id.encode()), header]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
+    def _usage(self) -> Usage:
+        """What all sequences used; a prompt counts once, by its first answer."""
+        prompts, n = sum(map(len, self._job.prompts)), self._job.params.n
+        output = sum(delta.num_output for delta in self._last.values())
+        cached = sum(delta.num_cached for index, delta in self._last.items() if index % n == 0)
+        return Usage(prompts, output, prompts + output, PromptTokensDetails(cached))
+
     def _answer(self, object: str, choices: list[Any], usage: Usage | None | msgspec.UnsetType) -> Answer:
         return Answer(self._job.id, object, self._created, self._job.model, choices, usage)
-
-
-class _UsageCount:
-    """Adds up what the sequences of a request used."""
-
-    def __init__(self, job: Job) -> None:
-        self._num_prompt = sum(len(prompt) for prompt in job.prompts)
-        self._n = job.params.n
-        self._cached: dict[int, int] = {}  # by prompt; its first answer counts
-        self._output: dict[int, int] = {}  # by sequence
-
-    def add(self, index: int, delta: TextDelta) -> None:
-        self._output[index] = delta.num_output
-        if index % self._n == 0:
-            self._cached[index] = max(self._cached.get(index, 0), delta.num_cached)
-
-    def total(self) -> Usage:
-        completion = sum(self._output.values())
-        details = PromptTokensDetails(sum(self._cached.values()))
-        return Usage(self._num_prompt, completion, self._num_prompt + completion, details)
 
 
 async def until_disconnect(receive: Receive, work: Awaitable[None]) -> None:

@@ -15,7 +15,7 @@ class PromptTokensDetails(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """Token counts of all prompts and answers of a request; a prompt counts once, however many answers it gets."""
+    """Token counts of all prompts and answers of a request."""
 
     prompt_tokens: int
     completion_tokens: int
