@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from minisgl.cli import bench_offline
+from minisgl.cli import bench_offline, bench_serve
 
 HELP = "Measure the engine, or any OpenAI server."
-ACTIONS = {"offline": bench_offline}
+ACTIONS = {"offline": bench_offline, "serve": bench_serve}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
