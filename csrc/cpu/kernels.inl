@@ -3,6 +3,7 @@
 // Vectors are GCC's and Clang's vector extensions: the same source gives AVX-512, AVX2, SSE2 and NEON. Everything is in
 // an anonymous namespace and uses no function of the standard library that could be kept for another file.
 #include <cstring>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -347,17 +348,28 @@ void silu_mul(const float* gate, const float* up, int size, float* out) {
 // -- attention
 // -----------------------------------------------------------------------------------------------------------
 
-// Lane i of the result: the sum of vectors[i]'s lanes. Halves are folded onto one another, two vectors into one.
+template <int... LANES>
+inline Vec pick(Vec a, Vec b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, LANES...);
+#else
+    return __builtin_shuffle(a, b, IVec{LANES...});
+#endif
+}
+
+// Lanes with the bit STEP: b[lane - STEP] + b[lane]; the others: a[lane] + a[lane + STEP].
+template <int STEP, int... LANES>
+inline Vec fold(Vec a, Vec b, std::integer_sequence<int, LANES...>) {
+    return pick<(LANES & STEP ? LANES - STEP + W : LANES)...>(a, b) +
+           pick<(LANES & STEP ? LANES + W : LANES + STEP)...>(a, b);
+}
+
+// Lane i of the result: the sum of vectors[i]'s lanes. In each round two vectors become one.
 template <int STEP = W / 2>
 inline Vec sum_each(Vec* vectors) {
-    IVec lane;
-    for (int i = 0; i < W; ++i) lane[i] = i;
-    const IVec upper = (lane & STEP) != 0;
-    const IVec first = upper ? lane - STEP + W : lane, second = upper ? lane + W : lane + STEP;
 #pragma GCC unroll 8
     for (int i = 0; i < STEP; ++i)
-        vectors[i] = __builtin_shuffle(vectors[i], vectors[i + STEP], first) +
-                     __builtin_shuffle(vectors[i], vectors[i + STEP], second);
+        vectors[i] = fold<STEP>(vectors[i], vectors[i + STEP], std::make_integer_sequence<int, W>());
     if constexpr (STEP > 1)
         return sum_each<STEP / 2>(vectors);
     else
@@ -388,7 +400,7 @@ float soften(float* scores, int count, int low, int high, float& highest, float&
     Vec best = splat(highest);
     for (int t = 0; t < count; t += W) {
         const IVec at = lane + t;
-        const Vec seen = (at >= low) & (at < high) ? load<Vec>(scores + t) : splat(-__builtin_inff());
+        const Vec seen = ((at >= low) & (at < high)) ? load<Vec>(scores + t) : splat(-__builtin_inff());
         store(scores + t, seen);
         best = larger(best, seen);
     }

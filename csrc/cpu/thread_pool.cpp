@@ -84,8 +84,8 @@ void ThreadPool::loop(int count, Call call, void* body) {
     left_.notify_all();
     while (take_one()) {
     }
-    for (int spins = 0; done_.load(std::memory_order_acquire) != count; ++spins)
-        spins < kSpins ? pause() : std::this_thread::yield();
+    for (int spins = 0, done; (done = done_.load(std::memory_order_acquire)) != count; ++spins)
+        spins < kSpins ? pause() : done_.wait(done, std::memory_order_acquire);
 }
 
 bool ThreadPool::take_one() {
@@ -93,8 +93,9 @@ bool ThreadPool::take_one() {
     do {
         if (left <= 0) return false;
     } while (!left_.compare_exchange_weak(left, left - 1, std::memory_order_acquire, std::memory_order_relaxed));
-    call_(body_, count_ - left);
-    done_.fetch_add(1, std::memory_order_release);
+    const int count = count_;
+    call_(body_, count - left);
+    if (done_.fetch_add(1, std::memory_order_release) + 1 == count) done_.notify_one();
     return true;
 }
 
