@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -48,12 +49,16 @@ class Screen:
     def read(self) -> str:
         from prompt_toolkit import PromptSession
 
-        # A new session each time: one that Ctrl-C caught as it began can't be used again. While the line is edited
-        # Ctrl-C is a key; as a signal, just before or after, it is better left to asyncio than to prompt_toolkit.
         session: PromptSession[str] = PromptSession(
             history=self._history, multiline=True, key_bindings=_key_bindings(), prompt_continuation=". "
         )
-        return session.prompt("> ", handle_sigint=False)
+        # While a line is edited Ctrl-C is a key. As a signal, just before or just after, it would hit the event loop
+        # of prompt_toolkit as that is made or torn down, and neither survives that.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return session.prompt("> ", handle_sigint=False)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def show(self, text: str) -> None:
         if text:
