@@ -25,7 +25,7 @@ help:
 	@echo 'make test-gpu  the tests that need an NVIDIA GPU'
 	@echo 'make lint      formatting, types, the direction of imports, the line budget'
 	@echo 'make format    formats the sources'
-	@echo 'make bench     the engine against the floor that memory bandwidth sets'
+	@echo 'make bench     what the engine reaches on this machine, beside its floor (GPU) or its goals (CPU)'
 	@echo 'PYTHON=python3.12 chooses the interpreter of a new .venv'
 
 demo: $(VENV)/package.stamp
@@ -38,7 +38,7 @@ test-gpu: $(VENV)/package.stamp $(VENV)/dev.stamp
 	$(PY) -m pytest -m cuda $(ARGS)
 
 bench: $(VENV)/package.stamp
-	$(PY) benchmarks/bench_engine.py $(ARGS)
+	$(PY) benchmarks/$(if $(GPU),bench_engine,bench_product).py $(ARGS)
 
 lint: $(VENV)/base.stamp $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check

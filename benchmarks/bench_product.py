@@ -1,4 +1,4 @@
-"""What a person notices on a CPU, for the default model: speed, start, memory, prefix hits, and streams that don't stall.
+"""What a person notices on a CPU, for the default model: speed, start, memory, prefix hits, streams that don't stall.
 
     python benchmarks/bench_product.py [--no-save]
 
@@ -20,6 +20,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,8 @@ async def stream(port: int, prompt: str, max_tokens: int, arrivals: list[float])
     body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
     data = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
-    )
-    writer.write(f"{head}Connection: close\r\n\r\n".encode() + data)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(data)}"
+    writer.write(f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + data)
     while line := await reader.readline():
         if line.startswith(b"data:"):
             arrivals.append(time.perf_counter())
@@ -154,7 +153,7 @@ async def longest_gaps(port: int) -> tuple[float, float]:
     await asyncio.gather(*tasks)
     before, after = 0.0, 0.0
     for times in arrivals:
-        for a, b in zip(times[20:], times[21:], strict=False):
+        for a, b in pairwise(times[20:]):
             if b < sent:
                 before = max(before, b - a)
             elif a < answered:
