@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from batch_files import Files
 from servers import make_model
 
 from minisgl import LLM
@@ -25,3 +26,14 @@ def tiny_llm(tiny_model: Path) -> LLM:
 @pytest.fixture(scope="session")
 def child_env() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def one_engine(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands in this process share one engine."""
+    monkeypatch.setattr("minisgl.llm.LLM", lambda **_: tiny_llm)
+
+
+@pytest.fixture
+def files(tmp_path: Path, one_engine: None) -> Files:
+    return Files(tmp_path / "requests.jsonl", tmp_path / "answers.jsonl")
