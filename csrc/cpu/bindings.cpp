@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "cpu/decoder.hpp"
+#include "cpu/sample.hpp"
 #include "cpu/thread_pool.hpp"
 
 namespace nb = nanobind;
@@ -89,6 +90,12 @@ void paged_attention(Address q, std::ptrdiff_t q_stride, Address out, Address ke
     attend(attention, plan_attention(attention.paging, num_heads, num_kv_heads));
 }
 
+void sample_tokens(Address logits, std::ptrdiff_t stride, int num_rows, int vocab_size, Address temperature,
+                   Address seeds, Address output_index, Address out) {
+    sample({at<const float>(logits), stride, num_rows, vocab_size, at<const float>(temperature),
+            at<const std::int64_t>(seeds), at<const std::int32_t>(output_index), at<std::int64_t>(out)});
+}
+
 std::vector<std::string> available() {
     const std::vector<std::string_view> names = available_kernels();
     return {names.begin(), names.end()};
@@ -110,6 +117,7 @@ void bind(nb::module_& module) {
              nb::keep_alive<1, 6>())
         .def("forward", &forward, Unlocked());
     module.def("cpu_paged_attention", &paged_attention, Unlocked());
+    module.def("cpu_sample", &sample_tokens, Unlocked());
     module.def("cpu_threads", [] { return ThreadPool::instance().size(); });
     module.def("cpu_set_threads", [](int count) { ThreadPool::instance().resize(count); });
     module.def("cpu_kernels", [] { return std::string(kernels().name); });

@@ -91,6 +91,17 @@ def cpu_paged_attention(
     window: int,
     /,
 ) -> None: ...
+def cpu_sample(
+    logits: int,
+    stride: int,
+    num_rows: int,
+    vocab_size: int,
+    temperature: int,
+    seeds: int,
+    output_index: int,
+    out: int,
+    /,
+) -> None: ...
 def cpu_threads() -> int: ...
 def cpu_set_threads(count: int, /) -> None: ...
 def cpu_kernels() -> str: ...

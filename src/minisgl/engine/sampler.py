@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minisgl.engine.state import RowParams
+from minisgl.kernels import cpu
 from minisgl.kernels.sample.noise import gumbel_noise
 from minisgl.types import Request
 
@@ -104,6 +105,8 @@ def gumbel_argmax(logits: Tensor, params: RowParams, output_index: Tensor) -> Te
         out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
         sample_tokens(logits, params.temperature, params.seed, output_index, out)
         return out
+    if cpu.available() and logits.dtype == torch.float32:
+        return cpu.sample_tokens(logits, params.temperature, params.seed, output_index)
     greedy = params.temperature == 0
     scaled = logits.float() / torch.where(greedy, 1.0, params.temperature)[:, None]
     if not bool(greedy.all()):
@@ -119,20 +122,14 @@ def _filter(logits: Tensor, params: RowParams) -> Tensor:
 
 
 def _draw(logits: Tensor, rows: Sequence[RowState], params: RowParams, output_index: Tensor) -> Tensor:
-    """On a CPU only rows that need it pay for filters and noise; a GPU would wait longer for such a choice."""
-    if logits.is_cuda:
-        if any(r.filtered for r in rows):
-            logits = _filter(logits, params)
-        return gumbel_argmax(logits, params, output_index)
-    tokens = logits.argmax(-1)
-    random = [i for i, r in enumerate(rows) if not r.params.greedy]
-    if random:
-        chosen, params = logits[random], params.select(random)
-        filtered = [j for j, i in enumerate(random) if rows[i].filtered]
-        if filtered:
-            chosen[filtered] = _filter(chosen[filtered], params.select(filtered)).to(chosen.dtype)
-        tokens[random] = gumbel_argmax(chosen, params, output_index[random])
-    return tokens
+    """On a CPU only rows that need a filter pay for it; a GPU would wait longer for such a choice."""
+    filtered = [i for i, r in enumerate(rows) if r.filtered and not r.params.greedy]
+    if filtered and logits.is_cuda:
+        logits = _filter(logits, params)
+    elif filtered:
+        logits = logits.clone()
+        logits[filtered] = _filter(logits[filtered], params.select(filtered)).to(logits.dtype)
+    return gumbel_argmax(logits, params, output_index)
 
 
 def _logprobs(logits: Tensor, rows: Sequence[RowState], out: SampledTokens) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "native",
     "paged_attention",
     "pages",
+    "sample_tokens",
 ]
 
 GGUF_FORMATS: Final = ("Q8_0", "Q4_0", "Q4_1")  # block types that are packed as they are
@@ -94,6 +95,21 @@ def paged_attention(
     pool = keys.data_ptr(), values.data_ptr()
     sizes = heads, keys.shape[2], head_dim
     native.cpu_paged_attention(q.data_ptr(), q.stride(0), out.data_ptr(), *pool, paging, *sizes, scale, window or 0)
+    return out
+
+
+def sample_tokens(logits: Tensor, temperature: Tensor, seeds: Tensor, output_index: Tensor) -> Tensor:
+    """A token a row [R] int64, the most likely at temperature 0, else drawn with `sample.noise.gumbel_noise`.
+
+    Args:
+        logits: [R, V] float32. temperature: [R] float32. seeds: [R] int64. output_index: [R] integers.
+    """
+    rows, vocab_size = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    temperature, seeds, output_index = temperature.contiguous(), seeds.contiguous(), output_index.int().contiguous()
+    out = torch.empty(rows, dtype=torch.int64)
+    params = temperature.data_ptr(), seeds.data_ptr(), output_index.data_ptr()
+    native.cpu_sample(logits.data_ptr(), logits.stride(0), rows, vocab_size, *params, out.data_ptr())
     return out
 
 
