@@ -13,11 +13,11 @@ from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
-from minisgl.config import DEFAULT_MODEL, EngineConfig
+from minisgl.config import DEFAULT_MODEL, SAMPLING_DEFAULTS, EngineConfig
 from minisgl.engine.engine import Engine
 from minisgl.models.hub import resolve_model
 from minisgl.text import OutputProcessor, Tokenizer, load_text
-from minisgl.types import Completion, RequestError, RequestOutput, SamplingParams, TextDelta
+from minisgl.types import Completion, ConfigError, RequestError, RequestOutput, SamplingParams, TextDelta
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -36,17 +36,21 @@ class LLM:
 
     Args:
         model: see `minisgl --help`: an alias, a folder, a .gguf file or a hub id.
+        sampling_defaults: for what SamplingParams leave open, "model": the model's own values, or "neutral".
         options: the other fields of `EngineConfig`.
 
     Raises:
         ModelError, ConfigError: the model can't be loaded or run as asked.
     """
 
-    def __init__(self, model: str = DEFAULT_MODEL, **options: Any) -> None:
+    def __init__(self, model: str = DEFAULT_MODEL, sampling_defaults: str = "model", **options: Any) -> None:
+        if sampling_defaults not in SAMPLING_DEFAULTS:
+            raise ConfigError(f"sampling_defaults is {sampling_defaults!r}; expected model or neutral")
         path = resolve_model(model)
         self.text = load_text(path)
         self.engine = Engine(EngineConfig(model=str(path), **options))
         self._output = OutputProcessor(self.text.tokenizer)
+        self._defaults = self.text.generation.sampling if sampling_defaults == "model" else {}
         self._inbox: dict[str, Callable[[TextDelta], object]] = {}  # who takes what a request under way gains
         self._ids = count()
 
@@ -196,7 +200,7 @@ class LLM:
 
     def _add(self, tokens: Sequence[int], params: SamplingParams, take: Callable[[TextDelta], object]) -> str:
         request_id = str(next(self._ids))
-        params = params.resolve(self.text.generation.sampling, self.text.generation.eos_token_ids)
+        params = params.resolve(self._defaults, self.text.generation.eos_token_ids)
         try:
             prompt = array("i", tokens)
         except (OverflowError, TypeError) as e:

@@ -189,6 +189,7 @@ def test_engine_prompt_logprobs_are_those_of_the_model(
         assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
         assert [id for id, _ in entry.top] == row.topk(2).indices.tolist()
     assert not driver.engine.runner.prompt_logprobs
+    assert driver.engine.stats().output_tokens == sum(len(a.tokens) for a in driver.answers.values())
 
 
 def test_engine_priority_decides_who_waits(folder: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from tiny import make_checkpoint
 
 from minisgl import LLM, SamplingParams
-from minisgl.types import FinishReason, RequestError
+from minisgl.types import ConfigError, FinishReason, RequestError
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
@@ -103,6 +106,19 @@ def test_llm_refusals_leave_nothing_behind(llm: LLM) -> None:
         llm.stream("a", SamplingParams(n=2))
     assert llm.engine.stats().num_running + llm.engine.stats().num_waiting == 0
     assert not llm._inbox
+
+
+def test_llm_sampling_defaults_are_the_model_s_or_neutral(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": 1}')
+    params = SamplingParams(temperature=5.0, ignore_eos=True, max_tokens=20, seed=1)
+    greedy = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=20)
+    of_model, neutral = (LLM(str(tmp_path), device="cpu", sampling_defaults=s) for s in ("model", "neutral"))
+    expected = neutral.generate([5, 6, 7], greedy)[0].token_ids
+    assert of_model.generate([5, 6, 7], params)[0].token_ids == expected
+    assert neutral.generate([5, 6, 7], params)[0].token_ids != expected
+    with pytest.raises(ConfigError, match="neutral"):
+        LLM(str(tmp_path), sampling_defaults="none")
 
 
 def test_llm_reports_cached_prompt_tokens(llm: LLM) -> None:

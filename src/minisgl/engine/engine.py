@@ -155,6 +155,7 @@ class Engine:
         outputs = []
         for request, reason in self.scheduler.collect(handle.batch, result.tokens):
             unwanted = request.params.max_tokens == 0
+            self.scheduler.output_tokens -= unwanted
             logprob = result.logprobs.get(place[request.id]) if place and not unwanted else None
             first = request.params.prompt_logprobs and request.num_output == 1
             outputs.append(
