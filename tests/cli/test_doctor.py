@@ -60,7 +60,7 @@ GPU_CASES = {
     "torch for CPUs": (
         replace(NO_GPU_FOR_TORCH, torch_cuda=None),
         "without CUDA",
-        "install --force-reinstall torch .*cu130",
+        "install torch's cu130 build: pytorch.org",
     ),
     "torch for CPUs, old driver": (
         replace(NO_GPU_FOR_TORCH, torch_cuda=None, driver_cuda=(12, 4)),
@@ -70,7 +70,7 @@ GPU_CASES = {
     "old driver": (
         replace(NO_GPU_FOR_TORCH, driver_cuda=(12, 4)),
         "too old: it runs CUDA up to 12.4, and torch was built for 13.0",
-        "cu126  # or a driver from 580 on",
+        "cu126 build.*; or a driver from 580 on",
     ),
     "no torch": (
         replace(NO_GPU_FOR_TORCH, torch_cuda=None, packages={**LAPTOP.packages, "torch": None}),

@@ -18,7 +18,6 @@ MEM_FRACTION = 0.9  # as EngineConfig has it
 DISK_FACTOR = 2.2  # the model is there twice while it is unpacked
 CUDA_13_DRIVER = "580"
 PIP = f"{sys.executable} -m pip install"
-TORCH_INDEX = "https://download.pytorch.org/whl"
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def _gpu(facts: Facts) -> Check:
         return Check("GPU", "note", text, _install_torch(facts.driver_cuda))
     if int(facts.torch_cuda.split(".")[0]) > facts.driver_cuda[0]:
         text = f"the driver is too old: it runs CUDA up to {driver}, and torch was built for {facts.torch_cuda}"
-        fix = f"{_install_torch(facts.driver_cuda)}  # or a driver from {CUDA_13_DRIVER} on"
+        fix = f"{_install_torch(facts.driver_cuda)}; or a driver from {CUDA_13_DRIVER} on"
         return Check("GPU", "note", text, fix)
     text = f"torch (CUDA {facts.torch_cuda}) can't use the GPU, though its driver runs CUDA {driver}"
     if facts.gpu_error is not None:
@@ -111,14 +110,14 @@ def _usable_gpu(gpu: Gpu) -> Check:
     if device.capability < gpu.oldest_supported:
         oldest = ".".join(map(str, gpu.oldest_supported))
         text = f"{found}; this torch has code for {oldest} and later only"
-        return Check("GPU", "fail", text, f"{_install_torch((12, 6))}  # or add --device cpu to every command")
+        return Check("GPU", "fail", text, f"{_install_torch((12, 6))}; or add --device cpu to every command")
     return Check("GPU", "ok", found)
 
 
 def _install_torch(driver_cuda: tuple[int, int]) -> str:
     """A build of torch that the driver runs; CUDA 12.x builds run on every driver of CUDA 12."""
     build = "cu130" if driver_cuda >= (13, 0) else "cu126"
-    return f"{PIP} --force-reinstall torch --index-url {TORCH_INDEX}/{build}"
+    return f"install torch's {build} build: pytorch.org, Get started, has the command"
 
 
 def _gpu_memory(gpu: Gpu) -> Check:
