@@ -1,7 +1,7 @@
 // What the CPU kernels compute, and the table through which they are called.
 //
-// kernels.inl is compiled once an instruction set (kernels_*.cpp); `kernels()` chooses at run time. Nothing here may
-// define functions of its own: each of those files would bring a copy for its instruction set, and the linker keeps
+// kernels.inl is compiled once an instruction set (kernels_*.cpp); `kernels()` chooses at run time. Functions that
+// those files share must be static: each file would bring a copy for its own instruction set, and the linker keeps but
 // one.
 #pragma once
 
@@ -17,7 +17,7 @@ constexpr int kTile = 64;   // KV tokens that attention takes at once
 // How weights are kept. The quantised ones are GGUF's: 32 columns share a half-precision scale (q4_1: and a minimum).
 enum class Format { f32, f16, bf16, q8_0, q4_0, q4_1 };
 
-constexpr std::size_t block_bytes(Format format) {
+static constexpr std::size_t block_bytes(Format format) {
     switch (format) {
         case Format::f32:
             return 4 * kBlock * kPanel;
@@ -75,7 +75,8 @@ struct AttentionPart {
 
 struct Kernels {
     const char* name;
-    // out[m, num_columns] = x[m, 32 × num_blocks] · panelᵀ (+ bias); `scratch` holds kScratchBlocks blocks of f32.
+    // out[m, num_columns] = x[m, 32 × num_blocks] · panelᵀ (+ bias); `scratch`: kScratchBlocks blocks of f32, then m
+    // rows of a panel.
     void (*multiply)(Panel panel, Rows x, int m, const float* bias, float* out, std::ptrdiff_t out_stride,
                      int num_columns, float* scratch);
     // out[column][row] of the block, in f32.
@@ -91,10 +92,10 @@ struct Kernels {
 
 constexpr int kScratchBlocks = 6;
 
-constexpr int padded(int size, int multiple) { return (size + multiple - 1) / multiple * multiple; }
+static constexpr int padded(int size, int multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 // Floats of scratch that `attend` needs for `rows` = count × heads that share a KV head.
-constexpr std::size_t attention_scratch(std::size_t rows, std::size_t head_dim) {
+static constexpr std::size_t attention_scratch(std::size_t rows, std::size_t head_dim) {
     const std::size_t width = (head_dim + 15) / 16 * 16;
     return rows * (2 * width + kTile + 2) + 2 * kTile * width;
 }

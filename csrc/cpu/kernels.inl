@@ -76,8 +76,7 @@ inline IVec widen(const void* from) {
 #endif
 }
 
-// -- weights: how a format yields the values of one column, for VECS × W rows
-// --------------------------------------------
+// -- weights: how a format yields the values of one column, for VECS × W rows --------------------------------------
 
 struct F32 {
     static constexpr Format format = Format::f32;
@@ -147,8 +146,7 @@ struct Q4 {
     }
 };
 
-// -- matrix product
-// ------------------------------------------------------------------------------------------------------
+// -- matrix product ------------------------------------------------------------------------------------------------
 
 // Where a product goes: out[r, :] = start[r, :] + …
 struct Target {
@@ -290,8 +288,7 @@ void expand(Format format, const std::byte* block, float* out) {
     with_format(format, [&]<class F>(F*) { expand_block<F>(block, out); });
 }
 
-// -- between the products
-// --------------------------------------------------------------------------------------------------
+// -- between the products ------------------------------------------------------------------------------------------
 
 inline float sum_lanes(Vec v) {
     float sum = 0;
@@ -345,8 +342,7 @@ void silu_mul(const float* gate, const float* up, int size, float* out) {
     for (; i < size; ++i) out[i] = act(splat(gate[i]), splat(up[i]))[0];
 }
 
-// -- attention
-// -----------------------------------------------------------------------------------------------------------
+// -- attention -----------------------------------------------------------------------------------------------------
 
 template <int... LANES>
 inline Vec pick(Vec a, Vec b) {

@@ -61,8 +61,7 @@ std::shared_ptr<std::byte> allocate(std::size_t bytes) {
     return {base, base.get() + used - bytes};
 }
 
-// -- packing: one row of one block, from a checkpoint's order into a panel's
-// -----------------------------------------------
+// -- packing: one row of one block, from a checkpoint's order into a panel's ---------------------------------------
 
 template <class T>
 void pack_values(const T* values, int count, int row, std::byte* block) {
