@@ -29,6 +29,7 @@ class Chat:
         self.messages: list[dict[str, str]] = []  # without the system message
         self.num_tokens = 0  # of the conversation, as the model last saw it
         self.num_answers = 0
+        self.stop = False  # set from a signal's handler: the answer under way is to end
         self._output_tokens, self._decode_s = 0, 0.0  # over all answers, without each one's first token
         self._cached_tokens, self._prompt_tokens = 0, 0
 
@@ -53,6 +54,8 @@ class Chat:
         try:
             with closing(self._llm.stream([*system, *self.messages, question], self._params)) as stream:
                 for delta in stream:
+                    if self.stop:
+                        raise KeyboardInterrupt
                     report.add(delta)
                     show(delta.text)
         except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from minisgl.cli import options
@@ -65,12 +66,23 @@ class Shell:
 
     def run(self) -> None:
         """Until /exit or the end of the input."""
-        if self._terminal.interactive:
-            self._note(f"{self._chat.model}. /help lists commands and keys; Ctrl-D leaves.")
+        if not self._terminal.interactive:
+            return self._loop()
+        self._note(f"{self._chat.model}. /help lists commands and keys; Ctrl-D leaves.")
+        # As an exception Ctrl-C may come up anywhere, in a destructor too, where it would be printed and lost.
+        before = signal.signal(signal.SIGINT, lambda *_: setattr(self._chat, "stop", True))
+        try:
+            self._loop()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _loop(self) -> None:
         going = True
         while going:
             try:
-                going = self._handle(self._terminal.read())
+                line = self._terminal.read()
+                self._chat.stop = False
+                going = self._handle(line)
             except EOFError:
                 return
             except KeyboardInterrupt:
