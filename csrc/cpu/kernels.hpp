@@ -18,20 +18,8 @@ constexpr int kTile = 64;   // KV tokens that attention takes at once
 enum class Format { f32, f16, bf16, q8_0, q4_0, q4_1 };
 
 static constexpr std::size_t block_bytes(Format format) {
-    switch (format) {
-        case Format::f32:
-            return 4 * kBlock * kPanel;
-        case Format::f16:
-        case Format::bf16:
-            return 2 * kBlock * kPanel;
-        case Format::q8_0:
-            return (2 + kBlock) * kPanel;
-        case Format::q4_0:
-            return (2 + kBlock / 2) * kPanel;
-        case Format::q4_1:
-            return (4 + kBlock / 2) * kPanel;
-    }
-    return 0;
+    constexpr std::size_t of_a_row[] = {4 * kBlock, 2 * kBlock, 2 * kBlock, 2 + kBlock, 2 + kBlock / 2, 4 + kBlock / 2};
+    return of_a_row[static_cast<int>(format)] * kPanel;
 }
 
 // A panel: kPanel output rows over all input columns, block after block. In a block of

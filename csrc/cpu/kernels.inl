@@ -78,32 +78,21 @@ inline IVec widen(const void* from) {
 
 // -- weights: how a format yields the values of one column, for VECS × W rows --------------------------------------
 
-struct F32 {
-    static constexpr Format format = Format::f32;
+template <Format FORMAT>
+struct Plain {
+    static constexpr Format format = FORMAT;
+    static constexpr int SIZE = FORMAT == Format::f32 ? 4 : 2;
     const std::byte* at;
-    F32(const std::byte* block, int row) : at(block + 4 * row) {}
-    void begin(int) {}
-    Vec value(int column, int v) const { return load<Vec>(at + 4 * (column * kPanel + v * W)); }
-};
-
-struct F16 {
-    static constexpr Format format = Format::f16;
-    const std::byte* at;
-    F16(const std::byte* block, int row) : at(block + 2 * row) {}
-    void begin(int) {}
-    Vec value(int column, int v) const { return from_f16(at + 2 * (column * kPanel + v * W)); }
-};
-
-struct BF16 {
-    static constexpr Format format = Format::bf16;
-    const std::byte* at;
-    BF16(const std::byte* block, int row) : at(block + 2 * row) {}
+    Plain(const std::byte* block, int row) : at(block + SIZE * row) {}
     void begin(int) {}
     Vec value(int column, int v) const {
-        const auto halves = load<Halves>(at + 2 * (column * kPanel + v * W));
-        return bits<Vec>(__builtin_convertvector(halves, UVec) << 16);
+        const std::byte* from = at + SIZE * (column * kPanel + v * W);
+        if constexpr (FORMAT == Format::f32) return load<Vec>(from);
+        if constexpr (FORMAT == Format::f16) return from_f16(from);
+        return bits<Vec>(__builtin_convertvector(load<Halves>(from), UVec) << 16);
     }
 };
+using F32 = Plain<Format::f32>;
 
 struct Q8 {
     static constexpr Format format = Format::q8_0;
@@ -252,24 +241,13 @@ void multiply_panel(Panel panel, Rows x, int m, Target to, float* scratch) {
     }
 }
 
-// Calls `use` with a value of the type that reads `format`.
-template <class Use>
-void with_format(Format format, Use use) {
-    switch (format) {
-        case Format::f32:
-            return use(static_cast<F32*>(nullptr));
-        case Format::f16:
-            return use(static_cast<F16*>(nullptr));
-        case Format::bf16:
-            return use(static_cast<BF16*>(nullptr));
-        case Format::q8_0:
-            return use(static_cast<Q8*>(nullptr));
-        case Format::q4_0:
-            return use(static_cast<Q4<false>*>(nullptr));
-        case Format::q4_1:
-            return use(static_cast<Q4<true>*>(nullptr));
-    }
-}
+// In the order of Format.
+constexpr decltype(&multiply_panel<F32>) MULTIPLY[] = {
+    multiply_panel<F32>, multiply_panel<Plain<Format::f16>>, multiply_panel<Plain<Format::bf16>>,
+    multiply_panel<Q8>,  multiply_panel<Q4<false>>,          multiply_panel<Q4<true>>};
+constexpr decltype(&expand_block<F32>) EXPAND[] = {
+    expand_block<F32>, expand_block<Plain<Format::f16>>, expand_block<Plain<Format::bf16>>,
+    expand_block<Q8>,  expand_block<Q4<false>>,          expand_block<Q4<true>>};
 
 void multiply(Panel panel, Rows x, int m, const float* bias, float* out, std::ptrdiff_t out_stride, int num_columns,
               float* scratch) {
@@ -279,14 +257,12 @@ void multiply(Panel panel, Rows x, int m, const float* bias, float* out, std::pt
     Target to{out, out_stride, start, 0};
     // The last panel of a weight may have fewer rows than a tile writes.
     if (num_columns < kPanel) to.out = scratch + kScratchBlocks * kBlock * kPanel, to.stride = kPanel;
-    with_format(panel.format, [&]<class F>(F*) { multiply_panel<F>(panel, x, m, to, scratch); });
+    MULTIPLY[static_cast<int>(panel.format)](panel, x, m, to, scratch);
     if (num_columns < kPanel)
         for (int r = 0; r < m; ++r) std::memcpy(out + r * out_stride, to.out + r * kPanel, row_bytes);
 }
 
-void expand(Format format, const std::byte* block, float* out) {
-    with_format(format, [&]<class F>(F*) { expand_block<F>(block, out); });
-}
+void expand(Format format, const std::byte* block, float* out) { EXPAND[static_cast<int>(format)](block, out); }
 
 // -- between the products ------------------------------------------------------------------------------------------
 
@@ -433,20 +409,14 @@ void mix_tile(const float* weights, const float* const* values, int count, int d
         for (int v = 0; v < N; ++v) store(out + r * width + d + v * W, sums[r][v]);
 }
 
-template <int ROWS>
-void mix_rows(const float* weights, const float* const* values, int count, int width, float* out) {
-    int d = 0;
-    for (; d + 2 * W <= width; d += 2 * W) mix_tile<ROWS, 2>(weights, values, count, d, width, out);
-    if (d < width) mix_tile<ROWS, 1>(weights, values, count, d, width, out);
-}
-
+template <int ROWS = 4>
 void mix(const float* weights, int rows, const float* const* values, int count, int width, float* out) {
-    int r = 0;
-    for (; r + 4 <= rows; r += 4) mix_rows<4>(weights + r * kTile, values, count, width, out + r * width);
-    weights += r * kTile, out += r * width;
-    if (rows - r == 3) mix_rows<3>(weights, values, count, width, out);
-    if (rows - r == 2) mix_rows<2>(weights, values, count, width, out);
-    if (rows - r == 1) mix_rows<1>(weights, values, count, width, out);
+    for (; rows >= ROWS; rows -= ROWS, weights += ROWS * kTile, out += ROWS * width) {
+        int d = 0;
+        for (; d + 2 * W <= width; d += 2 * W) mix_tile<ROWS, 2>(weights, values, count, d, width, out);
+        if (d < width) mix_tile<ROWS, 1>(weights, values, count, d, width, out);
+    }
+    if constexpr (ROWS > 1) mix<ROWS - 1>(weights, rows, values, count, width, out);
 }
 
 // Where `count` tokens from position `first` on lie, for one KV head: in the pool, or in `copies` where heads aren't

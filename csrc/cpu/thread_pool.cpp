@@ -6,8 +6,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
-#include <memory>
-#include <new>
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -113,17 +111,12 @@ void ThreadPool::work() {
 }
 
 float* thread_scratch(std::size_t floats) {
-    struct Free {
-        void operator()(float* memory) const { std::free(memory); }
+    struct alignas(64) Line {
+        float values[16];
     };
-    thread_local std::unique_ptr<float, Free> memory;
-    thread_local std::size_t size = 0;
-    if (floats > size) {
-        size = (floats + 1023) / 1024 * 1024;
-        memory.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
-        if (memory == nullptr) throw std::bad_alloc();
-    }
-    return memory.get();
+    thread_local std::vector<Line> memory;
+    if (memory.size() * 16 < floats) memory.resize((floats + 15) / 16);
+    return memory.data()->values;
 }
 
 }  // namespace minisgl::cpu
