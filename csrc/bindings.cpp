@@ -106,6 +106,8 @@ class PrefixCache {
 
 NB_MODULE(_C, module) {
     using namespace nb::literals;
+    // A server freezes what it has at its start (gc.freeze), and so ends with objects that are still alive.
+    nb::set_leak_warnings(false);
     module.def(
         "common_prefix",
         [](nb::handle a, nb::handle b) {
