@@ -3,7 +3,8 @@
     python benchmarks/bench_engine.py [--model smollm2] [--device auto] [--batches 1 4 16] [--context 128] [--no-save]
 
 A decode step can't be faster than (weight bytes + KV bytes read) / bandwidth; the benchmark measures the bandwidth
-first and prints that floor beside each figure. (A CPU whose last cache holds the weights can be below it.) Prompts are random token ids; greedy; end-of-text ids ignored.
+first and prints that floor beside each figure. A CPU whose last cache holds the weights can be below
+it. Prompts are random token ids; greedy; end-of-text ids ignored.
 """
 
 from __future__ import annotations
