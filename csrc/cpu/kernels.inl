@@ -266,11 +266,27 @@ void expand(Format format, const std::byte* block, float* out) { EXPAND[static_c
 
 // -- between the products ------------------------------------------------------------------------------------------
 
-inline float sum_lanes(Vec v) {
-    float sum = 0;
-    for (int i = 0; i < W; ++i) sum += v[i];
-    return sum;
+template <int... LANES>
+inline Vec pick(Vec a, Vec b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, LANES...);
+#else
+    return __builtin_shuffle(a, b, IVec{LANES...});
+#endif
 }
+
+using Lanes = std::make_integer_sequence<int, W>;
+
+// op over all lanes; in each round a lane meets the one STEP away.
+template <int STEP = W / 2, class Op, int... LANES>
+inline float reduce(Vec v, Op op, std::integer_sequence<int, LANES...> lanes) {
+    v = op(v, pick<(LANES ^ STEP)...>(v, v));
+    if constexpr (STEP > 1) return reduce<STEP / 2>(v, op, lanes);
+    return v[0];
+}
+
+inline Vec add(Vec a, Vec b) { return a + b; }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 void rms_norm(const float* x, float* residual, const float* weight, float eps, int size, float* out) {
     if (residual != nullptr) {
@@ -281,7 +297,7 @@ void rms_norm(const float* x, float* residual, const float* weight, float eps, i
     int i = 0;
     for (; i + 2 * W <= size; i += 2 * W)
         for (int v = 0; v < 2; ++v) squares[v] += load<Vec>(x + i + v * W) * load<Vec>(x + i + v * W);
-    float sum = sum_lanes(squares[0] + squares[1]);
+    float sum = reduce(squares[0] + squares[1], add, Lanes());
     for (; i < size; ++i) sum += x[i] * x[i];
     const float factor = 1 / __builtin_sqrtf(sum / static_cast<float>(size) + eps);
     for (i = 0; i < size; ++i) out[i] = x[i] * factor * weight[i];
@@ -295,8 +311,6 @@ void rotate(float* head, const float* cos, const float* sin, int size) {
         head[i + half] = b * cos[i + half] + a * sin[i + half];
     }
 }
-
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 // 2^x to 2 ulp; 0 for x ≤ -127, and x is taken to be at most 127. x = n + f, |f| ≤ 1/2: the bits of 2^n, and Taylor's
 // series.
@@ -320,15 +334,6 @@ void silu_mul(const float* gate, const float* up, int size, float* out) {
 
 // -- attention -----------------------------------------------------------------------------------------------------
 
-template <int... LANES>
-inline Vec pick(Vec a, Vec b) {
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, LANES...);
-#else
-    return __builtin_shuffle(a, b, IVec{LANES...});
-#endif
-}
-
 // Lanes with the bit STEP: b[lane - STEP] + b[lane]; the others: a[lane] + a[lane + STEP].
 template <int STEP, int... LANES>
 inline Vec fold(Vec a, Vec b, std::integer_sequence<int, LANES...>) {
@@ -340,8 +345,7 @@ inline Vec fold(Vec a, Vec b, std::integer_sequence<int, LANES...>) {
 template <int STEP = W / 2>
 inline Vec sum_each(Vec* vectors) {
 #pragma GCC unroll 8
-    for (int i = 0; i < STEP; ++i)
-        vectors[i] = fold<STEP>(vectors[i], vectors[i + STEP], std::make_integer_sequence<int, W>());
+    for (int i = 0; i < STEP; ++i) vectors[i] = fold<STEP>(vectors[i], vectors[i + STEP], Lanes());
     if constexpr (STEP > 1)
         return sum_each<STEP / 2>(vectors);
     else
@@ -376,8 +380,7 @@ float soften(float* scores, int count, int low, int high, float& highest, float&
         store(scores + t, seen);
         best = larger(best, seen);
     }
-    float top = best[0];
-    for (int i = 1; i < W; ++i) top = best[i] > top ? best[i] : top;
+    const float top = reduce(best, larger, Lanes());
     Vec sum{};
     for (int t = 0; t < count; t += W) {
         const Vec weights = exp2(load<Vec>(scores + t) - top);
@@ -386,7 +389,7 @@ float soften(float* scores, int count, int low, int high, float& highest, float&
     }
     const float factor = exp2(splat(highest - top))[0];
     highest = top;
-    total = total * factor + sum_lanes(sum);
+    total = total * factor + reduce(sum, add, Lanes());
     return factor;
 }
 
@@ -423,11 +426,11 @@ void mix(const float* weights, int rows, const float* const* values, int count, 
 // whole vectors. The list is filled up to a whole vector's worth with the last one.
 void find_tokens(const Attention& a, const float* pool, const std::int32_t* pages, int kv_head, int first, int count,
                  int width, float* copies, const float** found) {
+    const int page_size = a.paging.page_size;
+    int page = first / page_size, offset = first % page_size;
     for (int t = 0; t < count; ++t) {
-        const int position = first + t;
-        const std::ptrdiff_t slot =
-            static_cast<std::ptrdiff_t>(pages[position / a.paging.page_size]) * a.paging.page_size +
-            position % a.paging.page_size;
+        const std::ptrdiff_t slot = static_cast<std::ptrdiff_t>(pages[page]) * page_size + offset;
+        if (++offset == page_size) offset = 0, ++page;
         const float* at = pool + (slot * a.num_kv_heads + kv_head) * a.head_dim;
         if (width != a.head_dim) {
             float* copy = copies + t * width;
