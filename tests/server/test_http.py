@@ -6,13 +6,14 @@ import asyncio
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from servers import CONTEXT, VOCAB_SIZE, A, Server, wait_until
+from servers import CONTEXT, VOCAB_SIZE, A, Server, running, tiny_options, wait_until
 
 USER = [{"role": "user", "content": "Tell me a story."}]
 
@@ -375,23 +376,29 @@ def test_metrics_count_what_happens(server: Server, client: openai.OpenAI) -> No
     assert after["minisgl_preemptions_total"] == server.counts()["preemptions"]
 
 
-def test_priority_goes_first(server: Server) -> None:
-    async def run() -> list[str]:
-        async with server.async_client() as client:
-            order: list[str] = []
+def test_priority_goes_first(tiny_model: Path) -> None:
+    """One row, held by a request that lasts until the others wait."""
+    with running(*tiny_options(tiny_model), "--max-running", "1") as server:
+        assert asyncio.run(_order_of_waiting(server.wait_ready())) == ["high", "plain", "low"]
 
-            async def one(name: str, priority: int) -> None:
-                extra = {"ignore_eos": True, "priority": priority}
-                await client.completions.create(model="tiny", prompt=[1], max_tokens=200, n=32, extra_body=extra)
-                order.append(name)
 
-            tasks = [asyncio.create_task(one("running", 0))]
-            await asyncio.sleep(0.2)
-            tasks += [asyncio.create_task(one(name, p)) for name, p in (("low", -1), ("plain", 0), ("high", 5))]
-            await asyncio.gather(*tasks)
-            return order
+async def _order_of_waiting(server: Server) -> list[str]:
+    order: list[str] = []
+    async with server.async_client() as client:
 
-    assert asyncio.run(run()) == ["running", "high", "plain", "low"]
+        async def one(name: str, priority: int) -> None:
+            await client.completions.create(model="tiny", prompt=[1], max_tokens=20, extra_body={"priority": priority})
+            order.append(name)
+
+        first = await client.completions.create(
+            model="tiny", prompt=[1], max_tokens=CONTEXT - 10, stream=True, extra_body={"ignore_eos": True}
+        )
+        tasks = [asyncio.create_task(one(name, p)) for name, p in (("low", -1), ("plain", 0), ("high", 5))]
+        while (counts := await asyncio.to_thread(server.counts))["num_waiting"] < 3:
+            assert counts["num_running"] == 1 and not order
+        await first.close()
+        await asyncio.gather(*tasks)
+    return order
 
 
 # -- errors --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The actions of `minisgl profile`: one module each, listed in `cli/profile.py`."""
