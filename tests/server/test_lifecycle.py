@@ -157,7 +157,7 @@ def test_killed_server_takes_its_busy_engine_along(fresh: Server) -> None:
     with fresh.client() as client:
         next(story(client))
         fresh.process.kill()
-        wait_until(lambda: not alive(engine), timeout=2)
+        wait_until(lambda: not alive(engine), timeout=10)
 
 
 # -- the start -----------------------------------------------------------------------------------------------------

@@ -86,9 +86,9 @@ def test_smollm2_prompts_are_the_expected_ones(smollm2_path: Path) -> None:
 
 def test_smollm2_is_built_in_well_under_a_second(smollm2_path: Path) -> None:
     metadata = read_gguf(smollm2_path).metadata
-    start = time.perf_counter()
+    start = time.process_time()
     OurTokenizer.from_gguf(metadata)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_token_bytes_of_a_text_join_to_the_text(byte_level, metaspace, save) -> None:
