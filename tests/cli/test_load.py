@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from minisgl.cli.load_http import Endpoint, Events, HttpError, get_json, post_events
 from minisgl.cli.load_metrics import Sample
-from minisgl.cli.load_prompts import arrival_times
 from minisgl.cli.load_run import Client
 from minisgl.types import ConfigError
 
