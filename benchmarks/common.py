@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +13,9 @@ import numpy as np
 import torch
 
 from minisgl.hardware import detect
+from minisgl.profiling.record import commit_id, installed_versions
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("minisgl", "torch", "triton", "numpy", "cuda-core")
-
-
-def git_commit() -> str:
-    """The commit measured, '+' behind it if tracked files differ; $MINISGL_COMMIT where there is no repository."""
-    try:
-        git = ["git", "-C", str(HERE)]
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True)
-        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":!results"], check=False).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MINISGL_COMMIT", "unknown")
-    return commit.stdout.strip() + "+" * (dirty != 0)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -45,10 +24,10 @@ def environment(device: str) -> dict[str, Any]:
     place = hardware.cuda.name if device == "cuda" and hardware.cuda else f"{hardware.cpu}, {hardware.num_cores} cores"
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
+        "commit": commit_id(but="benchmarks/results") or "unknown",
         "hardware": place,
         "threads": torch.get_num_threads() if device == "cpu" else None,
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": installed_versions(),
     }
 
 
