@@ -39,6 +39,10 @@ class EngineDeadError(MinisglError):
     """The engine process ended; nothing more can be served."""
 
 
+class CommunicationError(MinisglError):
+    """A collective that failed: another rank of the group ended, or the ranks don't make the same calls."""
+
+
 class KernelError(MinisglError):
     """A kernel that can't be compiled, chosen or launched for the arguments given."""
 

@@ -2,24 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from minisgl.types import ConfigError
+from minisgl.types import CommunicationError, ConfigError
+
+
+class Communicator(Protocol):
+    """What carries a group's collectives out. Tensors are contiguous; ranks call in the same order.
+
+    Failures are raised as RuntimeError; `TPGroup` tells which collective it was.
+    """
+
+    def all_reduce(self, x: Tensor) -> None:
+        """Sum over the ranks, in place."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """`x` [...] of every rank: [size, ...]."""
+        ...
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Sum of `x` [size, ...] over the ranks, of which this rank gets its own row [...]."""
+        ...
+
+    def broadcast(self, x: Tensor, src: int) -> None:
+        """Overwrites `x` with rank `src`'s."""
+
+    def barrier(self) -> None:
+        """Returns once every rank's host has called it."""
+
+    def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """See `TPGroup.workspace`."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the group holds; idempotent."""
 
 
 @dataclass(frozen=True, slots=True)
 class TPGroup:
     """The ranks that hold one model between them. `size` 1 is the whole model in one process: no communication.
 
-    `backend` is a torch.distributed process group when `size` > 1.
+    Every rank must make the same calls with the same shapes in the same order. On CUDA they go onto the current
+    stream, and into the CUDA graph that captures it. `backend` carries them out when `size` > 1.
+
+    Raises (all collectives):
+        CommunicationError: another rank ended, or the ranks disagree.
     """
 
     rank: int = 0
     size: int = 1
-    backend: torch.distributed.ProcessGroup | None = None
+    backend: Communicator | None = None
+
+    @classmethod
+    def connect(cls, rank: int, size: int, device: torch.device, rendezvous: Path, timeout_s: float = 600.0) -> TPGroup:
+        """Meets the other ranks; every rank of the group calls this.
+
+        Args:
+            device: decides the transport: gloo over the loopback interface for a CPU, NCCL for a GPU.
+            rendezvous: a folder that exists, is private to this group, new for each group and seen by all ranks.
+            timeout_s: seconds to wait for the others, here and in every collective on a CPU.
+
+        Raises:
+            ConfigError: a rank outside the group, or no such folder.
+            CommunicationError: not all ranks came in time.
+        """
+        if not 0 <= rank < size:
+            raise ConfigError(f"rank {rank} of a group of {size} ranks; expected a rank from 0 to {size - 1}")
+        if size == 1:
+            return cls()
+        if not rendezvous.is_dir():
+            raise ConfigError(f"the ranks' meeting place {rendezvous} is no folder; create it before the ranks start")
+        with _typed("connect", rank, size):
+            return cls(rank, size, _communicator(rank, size, device, rendezvous, timeout_s))
 
     def shard(self, total: int, what: str) -> int:
         """This rank's share of `total` units of `what`; every rank has the same.
@@ -33,15 +94,78 @@ class TPGroup:
         return total // self.size
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum of `x` over the ranks, in place."""
-        if self.size > 1:
-            torch.distributed.all_reduce(x, group=self.backend)
+        """Sum of `x` over the ranks, in place; returns `x`. No copies are made of a tensor from `workspace`."""
+        if self.backend is not None:
+            with _typed("all_reduce", self.rank, self.size):
+                whole = x.contiguous()
+                self.backend.all_reduce(whole)
+                if whole is not x:
+                    x.copy_(whole)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """`x` [..., d] of every rank, side by side along the last dimension: [..., size * d]."""
-        if self.size == 1:
+        if self.backend is None:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, x.contiguous(), group=self.backend)
-        return torch.cat(parts, dim=-1)
+        with _typed("all_gather", self.rank, self.size):
+            parts = self.backend.all_gather(x.contiguous())  # [size, ..., d]
+        return parts.movedim(0, -2).reshape(*x.shape[:-1], self.size * x.shape[-1])
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Sum of `x` [..., size * d] over the ranks, of which this rank gets its part [..., d] of the last dimension.
+
+        So `all_gather(reduce_scatter(x))` is `all_reduce(x)`.
+
+        Raises:
+            ConfigError: the last dimension doesn't divide by the number of ranks.
+        """
+        if self.backend is None:
+            return x
+        width = self.shard(x.shape[-1], "columns")
+        parts = x.reshape(*x.shape[:-1], self.size, width).movedim(-2, 0).contiguous()  # [size, ..., d]
+        with _typed("reduce_scatter", self.rank, self.size):
+            return self.backend.reduce_scatter(parts)
+
+    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
+        """Overwrites `x` with rank `src`'s; returns `x`, which must be contiguous."""
+        if self.backend is not None:
+            with _typed("broadcast", self.rank, self.size):
+                self.backend.broadcast(x, src)
+        return x
+
+    def barrier(self) -> None:
+        """Returns once every rank's host has called it; says nothing of work queued on a GPU."""
+        if self.backend is not None:
+            with _typed("barrier", self.rank, self.size):
+                self.backend.barrier()
+
+    def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """A buffer of `shape` for a projection to write into (`out=`), so that `all_reduce` of it needs no copy.
+
+        Every call gives the same memory: what it holds is good until something else is written to a workspace.
+        None where there is no such buffer: on a CPU, in a group of one, or for a tensor larger than the buffer.
+        """
+        return None if self.backend is None else self.backend.workspace(shape, dtype)
+
+    def close(self) -> None:
+        """Frees what the group holds; call it on every rank, once nothing is in flight. Closing twice does nothing."""
+        if self.backend is not None:
+            self.backend.close()
+
+
+def _communicator(rank: int, size: int, device: torch.device, rendezvous: Path, timeout_s: float) -> Communicator:
+    from minisgl.distributed.torch_comm import TorchCommunicator, gloo_group, meet
+
+    if device.type == "cpu":
+        return TorchCommunicator(gloo_group(rank, size, meet(rendezvous, size, timeout_s), timeout_s))
+    raise ConfigError(f"no communicator for ranks on device {device}; expected cpu or cuda")
+
+
+@contextmanager
+def _typed(what: str, rank: int, size: int) -> Iterator[None]:
+    """Turns a transport's RuntimeError into ours."""
+    try:
+        yield
+    except RuntimeError as e:
+        hint = "another rank has ended, or the ranks don't make the same calls"
+        raise CommunicationError(f"{what} failed on rank {rank} of {size} ({hint}): {e}") from e

@@ -1,0 +1,77 @@
+"""Collectives by torch's process groups: gloo between ranks on CPUs (and what the hosts of ranks on GPUs say)."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store
+
+CPU = torch.device("cpu")
+
+
+def meet(rendezvous: Path, size: int, timeout_s: float) -> Store:
+    """The store in folder `rendezvous` through which `size` ranks find one another: a file, so no port is taken."""
+    store = FileStore(str(rendezvous / "store"), size)
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
+
+
+def gloo_group(rank: int, size: int, store: Store, timeout_s: float) -> dist.ProcessGroup:
+    """A process group of its own: torch's global default group stays untouched, so engines don't collide.
+
+    It listens on the loopback interface alone.
+    """
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
+    options._timeout = timedelta(seconds=timeout_s)
+    options._threads = 2
+    gloo = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, size, options)
+    group = dist.ProcessGroup(store, rank, size)
+    group._register_backend(CPU, dist.ProcessGroup.BackendType.GLOO, gloo)
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    return group
+
+
+class TorchCommunicator:
+    """The collectives of a process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.size = group.size()
+        self._open: dist.ProcessGroup | None = group
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        if self._open is None:
+            raise RuntimeError("the group is closed")
+        return self._open
+
+    def all_reduce(self, x: Tensor) -> None:
+        self._group.allreduce(x).wait()
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        out = x.new_empty((self.size, *x.shape))
+        self._group.allgather(list(out.unbind()), x).wait()
+        return out
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x[0])
+        self._group.reduce_scatter(out, list(x.unbind())).wait()
+        return out
+
+    def broadcast(self, x: Tensor, src: int) -> None:
+        self._group.broadcast(x, src).wait()
+
+    def barrier(self) -> None:
+        options = dist.BarrierOptions()
+        options.device = CPU
+        self._group.barrier(options).wait()
+
+    def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        return None
+
+    def close(self) -> None:
+        self._open = None
