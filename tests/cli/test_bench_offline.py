@@ -11,12 +11,13 @@ import pytest
 import tiny
 
 from minisgl import LLM
-from minisgl.cli import bench_floor, main
-from minisgl.cli.bench_floor import Cost, Speed, body_parameters, workload_cost
+from minisgl.cli import main
 from minisgl.cli.bench_offline import draw
 from minisgl.cli.bench_options import Range, length_range
-from minisgl.cli.bench_shapes import SHAPES, shape_folder
 from minisgl.models.registry import read_config
+from minisgl.profiling import floor
+from minisgl.profiling.floor import Cost, Speed, body_parameters, workload_cost
+from minisgl.profiling.shapes import SHAPES, shape_folder
 
 # Parameters of the published checkpoints.
 PUBLISHED = {
@@ -131,7 +132,7 @@ def test_floor_is_the_slower_of_memory_and_arithmetic() -> None:
 
 
 def test_measured_speed_is_plausible() -> None:
-    speed = bench_floor.measure("cpu", "float32")
+    speed = floor.measure("cpu", "float32")
     assert 1e8 < speed.bytes < 1e13 and 1e8 < speed.flops < 1e15
 
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from minisgl.cli import options
 from minisgl.cli.bench_options import Range, length_range
 from minisgl.cli.bench_record import environment, save
-from minisgl.cli.bench_shapes import SHAPES, shape_folder
+from minisgl.profiling.shapes import SHAPES, shape_folder
 from minisgl.types import ConfigError, RequestError, SamplingParams
 
 if TYPE_CHECKING:
-    from minisgl.cli.bench_floor import Cost, Speed
     from minisgl.config import EngineConfig
     from minisgl.llm import LLM
+    from minisgl.profiling.floor import Cost, Speed
 
 HELP = "Measure how fast the engine gets through random prompts."
 CONTEXT = 4096  # or the model's, if that is less
@@ -51,17 +51,17 @@ def run(args: argparse.Namespace) -> None:
     save(args.save)
     with _config(args) as config:
         from minisgl import hardware
-        from minisgl.cli import bench_floor
         from minisgl.config import resolve
+        from minisgl.profiling import floor
 
         resolved = resolve(config, hardware.detect())
-        speed = bench_floor.measure(resolved.device, resolved.dtype)  # before the engine takes memory and threads
+        speed = floor.measure(resolved.device, resolved.dtype)  # before the engine takes memory and threads
         from minisgl.llm import LLM
 
         llm = LLM(**{name: getattr(config, name) for name in options.ENGINE_OPTIONS})
         work = draw(args.num_prompts, args.input_len, args.output_len, config.seed, llm.engine.vocab_size)
         _check_fits(work, llm)
-        cost = bench_floor.workload_cost(llm.engine, [len(p) for p in work.prompts], work.outputs)
+        cost = floor.workload_cost(llm.engine, [len(p) for p in work.prompts], work.outputs)
         print(_told(args, llm, work))
         _print_floor(cost, speed, work)
         seconds, num_tokens = measure(llm, work)
