@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from dataclasses import dataclass, field, replace
@@ -11,9 +12,12 @@ from typing import Any
 from minisgl.hardware import Hardware
 from minisgl.types import ConfigError
 
+log = logging.getLogger(__name__)
+
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 POLICIES = ("fcfs", "lpm")
+FUSED = ("auto", "on", "off")
 SAMPLING_DEFAULTS = ("model", "neutral")
 DEFAULT_MODEL = "smollm2"
 
@@ -39,7 +43,7 @@ class EngineConfig:
     prefix_cache: bool = True
     overlap: bool = True  # schedule and launch a step while the one before it runs
     attention: str = "auto"
-    fused_kernels: bool = False  # the project's CUDA kernels between a layer's matrix products
+    fused_kernels: str = "auto"  # the project's CUDA kernels between a layer's matrix products; auto: where they run
     cuda_graph: bool = True  # replay decode steps as CUDA graphs, where there is a GPU
     cuda_graph_max_batch: int | None = None  # requests in the largest graph; None: max_running
 
@@ -51,6 +55,7 @@ class EngineConfig:
         need(self.device in ("auto", *DEVICES), "device", "auto, cpu or cuda")
         need(self.dtype in ("auto", *DTYPES), "dtype", "auto, " + ", ".join(DTYPES))
         need(self.policy in POLICIES, "policy", " or ".join(POLICIES))
+        need(self.fused_kernels in FUSED, "fused_kernels", "auto, on or off")
         need(1 <= self.page_size <= 1024, "page_size", "1 to 1024 tokens")
         need(0 < self.mem_fraction <= 1, "mem_fraction", "a number above 0, up to 1")
         need(self.tp_size >= 1, "tp_size", "at least 1")
@@ -98,6 +103,20 @@ def _triton_runs() -> bool:
     return _installed("triton") and any(shutil.which(name) for name in compilers)
 
 
+def _fused(config: EngineConfig, device: str, hardware: Hardware) -> str:
+    """'on' or 'off'. Where 'auto' finds a GPU that could do better, it says what is missing."""
+    reason = "they need a GPU"
+    if device == "cuda":
+        reason = "" if hardware.cuda and hardware.cuda.capability >= (8, 0) else "they need compute capability 8.0"
+        if not _installed("cuda", "cuda.core"):
+            reason = "the package cuda-core is missing: pip install 'minisgl[cuda]'"
+    if config.fused_kernels == "on" and reason:
+        raise ConfigError(f"fused-kernels is on, but {reason}; use --fused-kernels auto")
+    if config.fused_kernels == "auto" and reason and device == "cuda":
+        log.warning("fused kernels are off: %s", reason)
+    return "off" if reason else config.fused_kernels.replace("auto", "on")
+
+
 def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
     """A configuration without 'auto' in it, fit for `hardware`.
 
@@ -127,8 +146,7 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
         )
     changes["max_running"], changes["max_batched_tokens"] = running, batched
     cpu_kernels = device == "cpu" and changes.get("dtype", config.dtype) == "float32" and hardware.extension
-    if config.fused_kernels and (device != "cuda" or not _installed("cuda", "cuda.core")):
-        raise ConfigError("fused-kernels needs a GPU and the package cuda-core: pip install 'minisgl[cuda]'")
+    changes["fused_kernels"] = _fused(config, device, hardware)
     if config.attention == "auto":
         triton = hardware.cuda is not None and hardware.cuda.capability >= (8, 0) and _triton_runs()
         on_gpu = "triton" if triton else "torch_sdpa"

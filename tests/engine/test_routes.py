@@ -42,12 +42,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chec
     return get
 
 
-def _cuda(**options: str) -> Any:
-    return pytest.param({"device": "cuda"} | options, marks=pytest.mark.cuda, id=f"cuda-{options['attention']}")
+def _cuda(name: str, attention: str, fused_kernels: str = "off") -> Any:
+    options = {"device": "cuda", "attention": attention, "fused_kernels": fused_kernels}
+    return pytest.param(options, marks=pytest.mark.cuda, id=f"cuda-{name}")
 
 
 @pytest.fixture(
-    params=[pytest.param({"device": "cpu"}, id="cpu"), _cuda(attention="torch_sdpa"), _cuda(attention="triton")]
+    params=[
+        pytest.param({"device": "cpu"}, id="cpu"),
+        _cuda("torch_sdpa", "torch_sdpa"),
+        _cuda("triton", "triton"),
+        _cuda("triton-fused", "triton", "on"),
+    ]
 )
 def device(request: pytest.FixtureRequest) -> dict[str, str]:
     """Where to run; with Triton's attention, decodes are replayed as CUDA graphs."""

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from minisgl.config import DEVICES, DTYPES, POLICIES, SAMPLING_DEFAULTS, EngineConfig, ServerConfig
+from minisgl.config import DEVICES, DTYPES, FUSED, POLICIES, SAMPLING_DEFAULTS, EngineConfig, ServerConfig
 
 Config = TypeVar("Config", EngineConfig, ServerConfig)
 
@@ -48,7 +48,7 @@ ENGINE_OPTIONS = {
     "policy": Option("--policy", "who goes first: first come, or longest cached prefix", choices=POLICIES),
     "prefix_cache": Option("--no-prefix-cache", "compute every prompt from its start", switch=True),
     "overlap": Option("--no-overlap", "schedule a step only once the one before has ended", switch=True),
-    "fused_kernels": Option("--fused-kernels", "the project's CUDA kernels inside a layer; experimental", switch=True),
+    "fused_kernels": Option("--fused-kernels", "the project's CUDA kernels inside a layer", choices=FUSED),
     "cuda_graph": Option("--no-cuda-graph", "launch every kernel of a decode step by itself", switch=True),
     "cuda_graph_max_batch": Option(
         "--cuda-graph-max-batch", "requests in the largest CUDA graph; default: --max-running", int, metavar="N"

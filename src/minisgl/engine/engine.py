@@ -44,7 +44,14 @@ class Engine:
         path = resolve_model(config.model)
         dummy, packed = config.dummy_weights, config.attention == "cpu"
         self.model = load_model(
-            Path(path), dtype, self.device, self.tp, dummy, config.seed, packed=packed, fused=config.fused_kernels
+            Path(path),
+            dtype,
+            self.device,
+            self.tp,
+            dummy,
+            config.seed,
+            packed=packed,
+            fused=config.fused_kernels == "on",
         )
         model = self.model.config
         context = model.max_position

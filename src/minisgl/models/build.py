@@ -16,6 +16,11 @@ from minisgl.models.config import ModelConfig
 Weight: TypeAlias = nn.Parameter | PackedMatrix  # of a matrix product
 
 
+def heads_fit(head_dim: int) -> bool:
+    """Whether `qkv_post` takes heads of this size."""
+    return head_dim % 8 == 0 and head_dim <= 256
+
+
 @dataclass(frozen=True, slots=True)
 class Build:
     """What every layer of a model is built with."""
@@ -30,8 +35,7 @@ class Build:
     @property
     def fused(self) -> bool:
         """Whether layers call the project's CUDA kernels: where they were asked for and fit."""
-        fits = self.config.head_dim % 8 == 0 and self.config.head_dim <= 256
-        return self.fused_kernels and self.device.type == "cuda" and fits
+        return self.fused_kernels and self.device.type == "cuda" and heads_fit(self.config.head_dim)
 
     def empty(self, *shape: int) -> nn.Parameter:
         """A parameter without values yet."""

@@ -137,7 +137,7 @@ class VocabTable(nn.Module):
 
     def __init__(self, build: Build) -> None:
         super().__init__()
-        self.tp, self.vocab_size = build.tp, build.config.vocab_size
+        self.tp, self.vocab_size, self.fused = build.tp, build.config.vocab_size, build.fused
         self.rows = -(-self.vocab_size // build.tp.size)
         self.start = build.tp.rank * self.rows
         self.size = max(0, min(self.rows, self.vocab_size - self.start))  # rows that are ids
@@ -149,11 +149,20 @@ class VocabTable(nn.Module):
         """Token ids [T] → their rows [T, hidden_size]."""
         if isinstance(self.weight, PackedMatrix):
             return self.weight.embed(ids)
+        if self.fused:
+            return self._embed_fused(ids)
         if self.tp.size == 1:
             return F.embedding(ids, self.weight)
         local = ids - self.start
         mine = (local >= 0) & (local < self.rows)
         rows = F.embedding(local.clamp(0, self.rows - 1), self.weight) * mine.unsqueeze(-1)
+        return self.tp.all_reduce(rows)
+
+    def _embed_fused(self, ids: Tensor) -> Tensor:
+        from minisgl.kernels.index.op import index
+
+        rows = torch.empty(ids.shape[0], self.weight.shape[1], dtype=self.weight.dtype, device=ids.device)
+        index(rows, self.weight, ids, self.start, self.size)
         return self.tp.all_reduce(rows)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ To add a family: write `models/<family>.py` with a subclass of `CausalLM`, and n
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from minisgl.distributed import TPGroup
 from minisgl.gguf_file import read_gguf
 from minisgl.kernels.cpu import choose_kernels
 from minisgl.models import gguf, weights
-from minisgl.models.build import Build
+from minisgl.models.build import Build, heads_fit
 from minisgl.models.config import ModelConfig, Values, base_fields, check
 from minisgl.models.cpu import PackedStack
 from minisgl.models.decoder import CausalLM
@@ -24,6 +25,8 @@ from minisgl.models.qwen2 import Qwen2
 from minisgl.models.qwen3 import Qwen3
 from minisgl.models.qwen3_moe import Qwen3MoE
 from minisgl.types import ModelError
+
+log = logging.getLogger(__name__)
 
 FAMILIES: dict[str, type[CausalLM]] = {c.family: c for c in (Llama, Mistral, Qwen2, Qwen3, Qwen3MoE)}
 GGUF_FAMILIES = {c.gguf_architecture: c for c in FAMILIES.values() if c.gguf_architecture is not None}
@@ -88,6 +91,8 @@ def load_model(
     if packed:
         choose_kernels()
     model = FAMILIES[config.family](Build(config, dtype, device, tp or TPGroup(), packed, fused))
+    if fused and not heads_fit(config.head_dim):
+        log.warning("fused kernels are off: heads of %d don't fit; expected a multiple of 8 up to 256", config.head_dim)
     if dummy:
         weights.fill_randomly(model, seed)
     elif path.is_file():
