@@ -42,7 +42,7 @@ class Engine:
         self.tp = tp or TPGroup()
         dtype = getattr(torch, config.dtype)
         path = resolve_model(config.model)
-        dummy, packed = config.dummy_weights, config.attention == "cpu"
+        dummy, packed, fused = config.dummy_weights, config.attention == "cpu", config.fused_kernels == "on"
         self.model = load_model(
             Path(path),
             dtype,
