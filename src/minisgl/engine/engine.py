@@ -51,7 +51,7 @@ class Engine:
             dummy,
             config.seed,
             packed=packed,
-            fused=config.fused_kernels == "on",
+            fused=fused,
         )
         model = self.model.config
         context = model.max_position

@@ -150,7 +150,7 @@ class VocabTable(nn.Module):
         if isinstance(self.weight, PackedMatrix):
             return self.weight.embed(ids)
         if self.fused:
-            return self._embed_fused(ids)
+            return self._embed_fused(ids, self.weight)
         if self.tp.size == 1:
             return F.embedding(ids, self.weight)
         local = ids - self.start
@@ -158,11 +158,11 @@ class VocabTable(nn.Module):
         rows = F.embedding(local.clamp(0, self.rows - 1), self.weight) * mine.unsqueeze(-1)
         return self.tp.all_reduce(rows)
 
-    def _embed_fused(self, ids: Tensor) -> Tensor:
+    def _embed_fused(self, ids: Tensor, weight: Tensor) -> Tensor:
         from minisgl.kernels.index.op import index
 
-        rows = torch.empty(ids.shape[0], self.weight.shape[1], dtype=self.weight.dtype, device=ids.device)
-        index(rows, self.weight, ids, self.start, self.size)
+        rows = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype, device=ids.device)
+        index(rows, weight, ids, self.start, self.size)
         return self.tp.all_reduce(rows)
 
     def logits(self, x: Tensor) -> Tensor:
