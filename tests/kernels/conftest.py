@@ -1,10 +1,5 @@
-"""Triton's kernels run under its interpreter where there is no GPU; the switch must be set before they are imported."""
+"""Triton's kernels run under its interpreter where there is no GPU."""
 
 from __future__ import annotations
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+import interpreter  # noqa: F401 (it sets the switch)

@@ -1,4 +1,4 @@
-"""Tiny checkpoints are written once a session."""
+"""Tiny checkpoints are written once a session; Triton's kernels are interpreted where there is no GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import interpreter  # noqa: F401 (it sets the switch)
 import pytest
 from tiny import make_checkpoint
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -36,6 +37,13 @@ class Build:
     def fused(self) -> bool:
         """Whether layers call the project's CUDA kernels: where they were asked for and fit."""
         return self.fused_kernels and self.device.type == "cuda" and heads_fit(self.config.head_dim)
+
+    @property
+    def triton(self) -> bool:
+        """Whether layers may call Triton kernels."""
+        if self.device.type != "cuda" or find_spec("triton") is None:
+            return False
+        return torch.cuda.get_device_capability(self.device) >= (8, 0)
 
     def empty(self, *shape: int) -> nn.Parameter:
         """A parameter without values yet."""

@@ -42,7 +42,7 @@ class CausalLM(nn.Module):
     """
 
     family: ClassVar[str]  # `model_type` in config.json
-    capturable: ClassVar[bool] = True  # the host needs nothing of what it computes, so that CUDA graphs can hold it
+    capturable: bool = True  # the host needs nothing of what it computes, so that CUDA graphs can hold it
     gguf_architecture: ClassVar[str | None] = None
     gguf_interleaved: ClassVar[bool] = False  # query and key rows lie as rotary pairs (2i, 2i + 1) in GGUF files
 

@@ -48,9 +48,13 @@ class Router(nn.Module):
         self.moe = moe
         self.weight = build.empty(moe.num_experts, build.config.hidden_size)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """[T, hidden_size] → [T, num_experts]."""
+        return F.linear(x, self.weight)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` [T, hidden_size] → weights [T, k] float32 and expert numbers [T, k], k experts a token."""
-        probabilities = F.linear(x, self.weight).softmax(dim=-1, dtype=torch.float32)
+        probabilities = self.logits(x).softmax(dim=-1, dtype=torch.float32)
         weights, chosen = probabilities.topk(self.moe.num_experts_per_token, dim=-1)
         return weights / weights.sum(dim=-1, keepdim=True) if self.moe.normalise else weights, chosen
 
@@ -59,15 +63,22 @@ class Router(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Sum of the chosen experts' outputs, weighted. One pass a chosen expert: correct anywhere, fast nowhere."""
+    """Sum of the chosen experts' outputs, weighted.
+
+    On a GPU by Triton kernels, of which the host needs nothing. Else one pass a chosen expert: correct anywhere, fast
+    nowhere.
+    """
 
     def __init__(self, build: Build, moe: MoEConfig) -> None:
         super().__init__()
         self.tp = build.tp
         self.gate = Router(build, moe)
         self.experts = Experts(build, moe)
+        self.fused = build.triton
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return self._forward_fused(x)
         weights, chosen = self.gate(x)
         out = torch.zeros_like(x, dtype=torch.float32)
         for expert in chosen.unique().tolist():
@@ -75,11 +86,22 @@ class MixtureOfExperts(nn.Module):
             out.index_add_(0, token, self.experts(x[token], expert) * weights[token, place, None])
         return self.tp.all_reduce(out).to(x.dtype)
 
+    def _forward_fused(self, x: Tensor) -> Tensor:
+        from minisgl.kernels.moe.op import moe
+
+        config, experts, out = self.gate.moe, self.experts, torch.empty_like(x)
+        choice = config.num_experts_per_token, config.normalise
+        moe(x, self.gate.logits(x), experts.gate_up, experts.down, out, *choice)
+        return self.tp.all_reduce(out)
+
 
 class Qwen3MoE(Qwen3):
     family = "qwen3_moe"
     gguf_architecture = "qwen3moe"
-    capturable = False  # the host asks which experts were chosen
+
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        self.capturable = build.triton  # else the host asks which experts were chosen
 
     @staticmethod
     def read_fields(values: Values, num_layers: int) -> dict[str, Any]:
