@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from minisgl.distributed import TPGroup
+from minisgl.distributed.allreduce import AllReduce
+from minisgl.distributed.paths import Machine, PathTable
+from minisgl.distributed.probe import agreed_table
+from minisgl.distributed.torch_comm import TorchCommunicator, broadcast_bytes, gather_bytes
 from minisgl.types import CommunicationError, ConfigError
 
 
@@ -100,3 +104,79 @@ def two_groups(group: TPGroup, folder: str) -> list[float]:
 def odd_columns(group: TPGroup) -> None:
     with pytest.raises(ConfigError, match=r"7 columns can't be split over 2 ranks"):
         group.reduce_scatter(torch.ones(2, 7))
+
+
+def bytes_across(group: TPGroup) -> None:
+    """Byte strings, empty ones too, from rank 0 and from all."""
+    comm = group.backend
+    assert isinstance(comm, TorchCommunicator)
+    for text in (b"", b"x", bytes(range(256)) * 100):
+        assert broadcast_bytes(comm, text if group.rank == 0 else b"") == text
+        assert broadcast_bytes(comm, text if group.rank == 0 else text[::-1]) == text
+        assert broadcast_bytes(comm, text if group.rank == 0 else b"of another length") == text
+    assert gather_bytes(comm, b"r" * group.rank) == [b"r" * rank for rank in range(group.size)]
+
+
+def agreement(group: TPGroup, cache: str, start: int, fresh: bool) -> tuple[str, int]:
+    """What start number `start` of ranks with a cache agrees on, and how often this rank measured.
+
+    Ranks that measure find times that depend on rank and start, so a rank that goes its own way is seen.
+    """
+    os.environ["MINISGL_CACHE"] = cache if group.rank == 0 else os.devnull
+    machine, measured = Machine(("gpu",) * group.size, "1", "2", "3"), []
+
+    def measure() -> dict[str, dict[int, float]]:
+        measured.append(1)
+        return {"direct": {1024: 1.0 + group.rank + 10 * start}}
+
+    assert isinstance(group.backend, TorchCommunicator)
+    table = agreed_table(group.backend, group.rank, machine, measure, fresh)
+    return table.to_json(), len(measured)
+
+
+def reducer_with(group: TPGroup, us: dict[str, dict[int, float]]) -> tuple[AllReduce, list[str]]:
+    """An `AllReduce` whose paths all sum over gloo, and the list of the paths that were taken."""
+    assert group.backend is not None
+    taken: list[str] = []
+
+    def run(name: str, x: Tensor) -> None:
+        taken.append(name)
+        assert group.backend is not None
+        group.backend.all_reduce(x)
+
+    reduce = AllReduce(lambda x: run("direct", x))
+    for name, num_bytes in (("registered", 1 << 16), ("two_shot", 1 << 12)):
+        poison = torch.full((num_bytes,), 0xFF, dtype=torch.uint8)  # NaN in every floating-point type
+        reduce.add(name, lambda x, name=name: run(name, x), poison)
+    reduce.paths["one_shot"] = lambda x: run("one_shot", x)
+    reduce.table = PathTable(Machine(("gpu",) * group.size, "", "", ""), us)
+    return reduce, taken
+
+
+def every_path(group: TPGroup) -> None:
+    """Each path, made the fastest in turn, gives the sum of tensors from anywhere and from its workspace."""
+    sizes = [1 << k for k in range(4, 17, 2)]
+    for best, runs in (
+        ("direct", "direct"),
+        ("one_shot", "one_shot"),
+        ("two_shot_copy", "two_shot"),
+        ("registered_copy", "registered"),
+    ):
+        names = ("direct", "registered", "registered_copy", "one_shot", "two_shot", "two_shot_copy")
+        us = {name: dict.fromkeys(sizes, 10.0 - 5 * (name == best)) for name in names}
+        reduce, taken = reducer_with(group, us)
+        for count in (8, 64, 1000):
+            x = of_rank(group.rank, (2, count), torch.float32)
+            reduce(x)
+            assert torch.equal(x, sum(of_rank(rank, (2, count), torch.float32) for rank in range(group.size)))
+        fits = [best == "direct" or n <= reduce.limit(best) for n in (64, 512, 8000)]
+        assert taken == [runs if fit else "direct" for fit in fits]
+        if runs in reduce.places:
+            us[runs] = dict.fromkeys(sizes, 1.0)
+            reduce, taken = reducer_with(group, us)
+            space = reduce.workspace((4, 8), torch.float32)
+            assert space is not None
+            space.copy_(of_rank(group.rank, (4, 8), torch.float32))
+            reduce(space)
+            assert torch.equal(space, sum(of_rank(rank, (4, 8), torch.float32) for rank in range(group.size)))
+            assert taken == [runs]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -65,7 +67,8 @@ class TPGroup:
         """Meets the other ranks; every rank of the group calls this.
 
         Args:
-            device: decides the transport: gloo over the loopback interface for a CPU, NCCL for a GPU.
+            device: decides the transport: gloo over the loopback interface for a CPU, NCCL for a GPU (through nccl4py
+                where it is installed, else torch's).
             rendezvous: a folder that exists, is private to this group, new for each group and seen by all ranks.
             timeout_s: seconds to wait for the others, here and in every collective on a CPU.
 
@@ -154,11 +157,22 @@ class TPGroup:
 
 
 def _communicator(rank: int, size: int, device: torch.device, rendezvous: Path, timeout_s: float) -> Communicator:
-    from minisgl.distributed.torch_comm import TorchCommunicator, gloo_group, meet
+    from minisgl.distributed import torch_comm
 
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"no communicator for ranks on device {device}; expected cpu or cuda")
+    store = torch_comm.meet(rendezvous, size, timeout_s)
+    host = torch_comm.gloo_group(rank, size, store, timeout_s)
     if device.type == "cpu":
-        return TorchCommunicator(gloo_group(rank, size, meet(rendezvous, size, timeout_s), timeout_s))
-    raise ConfigError(f"no communicator for ranks on device {device}; expected cpu or cuda")
+        return torch_comm.TorchCommunicator(host)
+    os.environ.update(torch_comm.NO_MULTICAST)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # one host: NCCL's own meeting place needs no network
+    torch.cuda.set_device(device)
+    if find_spec("nccl") is None:
+        return torch_comm.TorchCommunicator(torch_comm.nccl_group(rank, size, store, timeout_s, host))
+    from minisgl.distributed.nccl import NcclCommunicator
+
+    return NcclCommunicator(rank, size, device, torch_comm.TorchCommunicator(host), store)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 CPU = torch.device("cpu")
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}  # environment, for NCCL and torch
 
 
 def meet(rendezvous: Path, size: int, timeout_s: float) -> Store:
@@ -34,6 +35,15 @@ def gloo_group(rank: int, size: int, store: Store, timeout_s: float) -> dist.Pro
     group._register_backend(CPU, dist.ProcessGroup.BackendType.GLOO, gloo)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     return group
+
+
+def nccl_group(rank: int, size: int, store: Store, timeout_s: float, host: dist.ProcessGroup) -> dist.ProcessGroup:
+    """`host` with NCCL, as torch brings it, for tensors on GPUs."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    nccl = dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)
+    host._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
+    return host
 
 
 class TorchCommunicator:
@@ -75,3 +85,25 @@ class TorchCommunicator:
 
     def close(self) -> None:
         self._open = None
+
+
+def broadcast_bytes(comm: TorchCommunicator, data: bytes) -> bytes:
+    """Rank 0's `data` on every rank."""
+    length = torch.tensor([len(data)])
+    comm.broadcast(length, 0)
+    buffer = torch.zeros(int(length), dtype=torch.uint8)
+    if len(data) == len(buffer) > 0:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if len(buffer):
+        comm.broadcast(buffer, 0)
+    return buffer.numpy().tobytes()
+
+
+def gather_bytes(comm: TorchCommunicator, data: bytes) -> list[bytes]:
+    """Every rank's `data`, by rank."""
+    lengths = comm.all_gather(torch.tensor(len(data))).tolist()
+    buffer = torch.zeros(max(lengths), dtype=torch.uint8)
+    if data:
+        buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    rows = comm.all_gather(buffer)
+    return [row.numpy().tobytes()[:length] for row, length in zip(rows, lengths, strict=True)]

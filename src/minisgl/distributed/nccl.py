@@ -1,0 +1,163 @@
+"""Collectives between GPUs of one host: NCCL through nccl4py, and torch's symmetric memory for small all-reduces.
+
+NCCL's buffer comes from its own allocator and is registered as a symmetric window, so that its kernels read and write
+the other ranks' memory without copies of their own. Which way an all-reduce takes is measured, not guessed: `paths.py`
+says which ways there are. Everything runs on the current stream, so CUDA graphs capture it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import Store
+
+from minisgl.distributed.allreduce import AllReduce
+from minisgl.distributed.paths import Machine
+from minisgl.distributed.probe import agreed_table, measure
+from minisgl.distributed.symmetric import SymmetricBuffer
+from minisgl.distributed.torch_comm import TorchCommunicator, broadcast_bytes, gather_bytes
+
+WINDOW_BYTES = 64 << 20
+SYMMETRIC_BYTES = 16 << 20
+
+
+class NcclCommunicator:
+    """One rank's end. Constructing it is collective; `device` must be the current one.
+
+    Args:
+        host: collectives between the ranks' hosts; it carries tensors on the CPU too, and is closed with this.
+        store: where torch's symmetric memory meets.
+        fresh: measure the paths even if the times of this machine are known.
+
+    Raises:
+        RuntimeError: NCCL refused.
+    """
+
+    def __init__(
+        self, rank: int, size: int, device: torch.device, host: TorchCommunicator, store: Store, fresh: bool = False
+    ) -> None:
+        import nccl.core as nccl
+        from nccl.bindings.nccl import NCCLError
+
+        self.rank, self.size, self.device, self.host = rank, size, device, host
+        self._errors = (nccl.NcclInvalid, NCCLError)
+        unique = broadcast_bytes(host, bytes(nccl.get_unique_id()) if rank == 0 else b"")
+        self._comm: Any = self._try(nccl.Communicator.init, size, rank, nccl.UniqueId.from_bytes(unique))
+        self._sum: Any = nccl.SUM
+        self.reduce = AllReduce(self._direct)
+        self._register(nccl)
+        self._map_symmetric(store)
+        began = time.perf_counter()
+        self.reduce.table = agreed_table(host, rank, self._machine(), lambda: measure(self.reduce, device), fresh)
+        self.agreeing_s = time.perf_counter() - began  # what start-up spent on the choice of paths
+
+    def _register(self, nccl: Any) -> None:
+        """Registers NCCL's buffer, where NCCL and the links know symmetric windows."""
+        window: Tensor = nccl.torch.empty(WINDOW_BYTES, dtype=torch.uint8, device=self.device)
+        handle = self._try(self._comm.register_window, window, nccl.WindowFlag.COLL_SYMMETRIC)
+        if self._all(handle.is_valid):
+            self.reduce.add("registered", self._direct, window)
+
+    def _map_symmetric(self, store: Store) -> None:
+        """Maps torch's buffer, where every GPU can reach the others' memory."""
+        own, devices = torch.cuda.current_device(), range(torch.cuda.device_count())
+        if not self._all(all(torch.cuda.can_device_access_peer(own, d) for d in devices if d != own)):
+            return
+        try:
+            found = SymmetricBuffer(self.rank, self.size, store, self.device, SYMMETRIC_BYTES)
+        except RuntimeError:
+            found = None
+        if self._all(found is not None) and found is not None:
+            self.reduce.add("two_shot", found.two_shot, found.bytes)
+            self.reduce.paths["one_shot"] = found.one_shot
+
+    def _all(self, flag: bool) -> bool:
+        """Whether `flag` is true on every rank."""
+        flags = torch.tensor([int(flag)])
+        self.host.all_reduce(flags)
+        return int(flags) == self.size
+
+    def _machine(self) -> Machine:
+        names = gather_bytes(self.host, identity(self.device).encode())
+        return Machine(tuple(n.decode() for n in names), driver_version(), nccl_version(), torch.__version__)
+
+    def all_reduce(self, x: Tensor) -> None:
+        if x.is_cuda:
+            self.reduce(x)
+        else:
+            self.host.all_reduce(x)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return self.host.all_gather(x)
+        out = x.new_empty((self.size, *x.shape))
+        if x.numel():
+            self._try(self._comm.allgather, x, out, stream=_stream())
+        return out
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return self.host.reduce_scatter(x)
+        out = torch.empty_like(x[0])
+        if out.numel():
+            self._try(self._comm.reduce_scatter, x, out, self._sum, stream=_stream())
+        return out
+
+    def broadcast(self, x: Tensor, src: int) -> None:
+        if not x.is_cuda:
+            self.host.broadcast(x, src)
+        elif x.numel():
+            self._try(self._comm.broadcast, x, x, src, stream=_stream())
+
+    def barrier(self) -> None:
+        self.host.barrier()
+
+    def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        return self.reduce.workspace(shape, dtype)
+
+    def close(self) -> None:
+        if self._comm.is_valid:
+            torch.cuda.synchronize(self.device)
+            self._comm.destroy()  # and its window, so before the buffer
+            self.reduce.close()
+        self.host.close()
+
+    def _direct(self, x: Tensor) -> None:
+        self._try(self._comm.allreduce, x, x, self._sum, stream=_stream())
+
+    def _try(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        try:
+            return call(*args, **options)
+        except self._errors as e:
+            raise RuntimeError(str(e)) from e
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+def identity(device: torch.device) -> str:
+    """The GPU's name and UUID."""
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} {getattr(properties, 'uuid', '')}".strip()
+
+
+def driver_version() -> str:
+    """Of the NVIDIA kernel module; '' where it doesn't say."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def nccl_version() -> str:
+    """Of the library that nccl4py has loaded."""
+    import nccl.core as nccl
+
+    library = nccl.get_version().libnccl
+    return str(library.version) if library else ""

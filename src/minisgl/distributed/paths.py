@@ -1,0 +1,134 @@
+"""Which way an all-reduce takes: a table of times that this machine was measured to need, and the choice from it.
+
+Nothing here communicates or touches a GPU. A path's name says what it does (`nccl.py` and `symmetric.py` do it):
+
+- `direct`: NCCL on the caller's tensor.
+- `registered`: NCCL on a tensor in the buffer that is registered as a symmetric window; `registered_copy`: the caller's
+  tensor is copied there and back.
+- `one_shot`: every rank reads all others' data (a tensor from anywhere; the kernel copies it to where they read it).
+- `two_shot`: every rank sums its share, then writes it to all others, for a tensor in torch's symmetric memory;
+  `two_shot_copy`: the caller's tensor is copied there and back.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minisgl.gguf_file import cache_dir, write_atomically
+from minisgl.types import CommunicationError
+
+ANYWHERE = ("direct", "one_shot", "two_shot_copy", "registered_copy")  # for a tensor of the caller's
+# The workspace that a path needs; its name is that of the path for tensors that lie in it.
+NEEDS = {p: p.removesuffix("_copy") for p in ("registered", "registered_copy", "two_shot", "two_shot_copy")}
+NEEDS["one_shot"] = "two_shot"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the times depend on. `gpus` has the name and identity of each rank's GPU."""
+
+    gpus: tuple[str, ...]
+    driver: str
+    nccl: str
+    torch: str
+
+
+@dataclass(frozen=True)
+class PathTable:
+    """Microseconds of an all-reduce by path and by bytes, as measured on `machine`.
+
+    `us[path]` ends at the largest tensor that the path can take.
+    """
+
+    machine: Machine
+    us: Mapping[str, Mapping[int, float]]
+
+    def estimate(self, path: str, num_bytes: int) -> float:
+        """Microseconds for `num_bytes`, between two measured sizes along the line that joins them in log-log scale.
+
+        Infinite where the path wasn't measured or can't take as much; below the smallest size, that size's time.
+        """
+        times = self.us.get(path, {})
+        sizes = sorted(times)
+        if not sizes or num_bytes > sizes[-1]:
+            return math.inf
+        at = bisect.bisect_left(sizes, num_bytes)
+        if at == 0 or sizes[at] == num_bytes:
+            return times[sizes[at]]
+        low, high = sizes[at - 1], sizes[at]
+        share = math.log(num_bytes / low) / math.log(high / low)
+        return math.exp((1 - share) * math.log(times[low]) + share * math.log(times[high]))
+
+    def choose(self, num_bytes: int, paths: Collection[str]) -> str:
+        """The fastest of `paths` for `num_bytes`; `direct`, which takes any size, where none was measured."""
+        best = min(sorted(paths), key=lambda path: self.estimate(path, num_bytes), default="direct")
+        return best if math.isfinite(self.estimate(best, num_bytes)) else "direct"
+
+    def ranges(self, paths: Collection[str]) -> Iterator[tuple[int, str]]:
+        """The best of `paths` by size: (largest bytes, path), from small to large; each path serves up to its bytes."""
+        sizes = sorted({size for path in paths for size in self.us.get(path, {})})
+        chosen = [(size, self.choose(size, paths)) for size in sizes]
+        for (size, path), (_, after) in zip(chosen, [*chosen[1:], (0, "")], strict=True):
+            if path != after:
+                yield size, path
+
+    def to_json(self) -> str:
+        us = {path: {str(size): time for size, time in times.items()} for path, times in self.us.items()}
+        return json.dumps({"machine": asdict(self.machine), "us": us}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> PathTable:
+        """Raises CommunicationError where `text` is no table."""
+        try:
+            found: dict[str, Any] = json.loads(text)
+            machine = Machine(**found["machine"] | {"gpus": tuple(found["machine"]["gpus"])})
+            us = {
+                str(path): {int(size): _positive(time) for size, time in times.items()}
+                for path, times in found["us"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise CommunicationError(f"no table of communication times ({e!r}); delete it to measure again") from e
+        return cls(machine, us)
+
+
+def _positive(time: object) -> float:
+    if not isinstance(time, (int, float)) or not 0 < time < math.inf:
+        raise ValueError(f"{time!r} is no time")
+    return float(time)
+
+
+def table_file(machine: Machine) -> Path:
+    """Where the table for `machine` and as many ranks as it has GPUs is kept."""
+    key = hashlib.sha256(json.dumps(asdict(machine)).encode()).hexdigest()[:16]
+    return cache_dir() / "comm" / f"{len(machine.gpus)}-{key}.json"
+
+
+def load_table(machine: Machine) -> PathTable | None:
+    """The table that was kept for `machine`; None if there is none, or none that can be read."""
+    found = _read(table_file(machine))
+    return found if found is not None and found.machine == machine else None
+
+
+def cached_tables() -> list[PathTable]:
+    """Every table that is kept on this machine, few ranks first."""
+    found = (_read(path) for path in sorted((cache_dir() / "comm").glob("*.json")))
+    return sorted((t for t in found if t is not None), key=lambda t: len(t.machine.gpus))
+
+
+def _read(path: Path) -> PathTable | None:
+    try:
+        return PathTable.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, CommunicationError):
+        return None
+
+
+def keep_table(table: PathTable) -> None:
+    """Keeps `table` for the next start; a folder that can't be written is no error."""
+    write_atomically(table_file(table.machine), table.to_json().encode())
