@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._C._distributed_c10d import PrefixStore, _resolve_process_group
 from worlds import run_world
 
 from minisgl.distributed.allreduce import AllReduce, view_of
@@ -27,6 +28,8 @@ from minisgl.distributed.paths import (
     load_table,
     table_file,
 )
+from minisgl.distributed.symmetric import register
+from minisgl.distributed.torch_comm import gloo_group, meet
 from minisgl.types import CommunicationError
 
 KIB = 1 << 10
@@ -201,15 +204,11 @@ def load_back(cache: Path) -> str:
 
 
 def test_symmetric_memory_finds_the_group_by_name(tmp_path: Path) -> None:
-    """As far as it goes without a GPU: torch resolves the name to a group of these ranks, for as long as it is held."""
-    from torch._C._distributed_c10d import _resolve_process_group
-
-    from minisgl.distributed.symmetric import register_group
-    from minisgl.distributed.torch_comm import meet
-
-    store = meet(tmp_path, 2, 5.0)
-    groups = [register_group(1, 2, store) for _ in range(2)]
-    assert len({group.group_name for group in groups}) == 2
-    for group in groups:
-        found = _resolve_process_group(group.group_name)
-        assert (found.rank(), found.size()) == (1, 2)
+    """As far as it goes without a GPU: torch resolves the names to these groups."""
+    store = meet(tmp_path, 1, 5.0)
+    groups = [gloo_group(0, 1, PrefixStore(str(i), store), 5.0) for i in range(2)]
+    names = [register(group, store) for group in groups]
+    assert len(set(names)) == 2
+    for name, group in zip(names, groups, strict=True):
+        assert group.group_name == name
+        assert _resolve_process_group(name) is group

@@ -69,7 +69,7 @@ class NcclCommunicator:
         if not self._all(all(torch.cuda.can_device_access_peer(own, d) for d in devices if d != own)):
             return
         try:
-            found = SymmetricBuffer(self.rank, self.size, store, self.device, SYMMETRIC_BYTES)
+            found = SymmetricBuffer(self.host.group, store, self.device, SYMMETRIC_BYTES)
         except RuntimeError:
             found = None
         if self._all(found is not None) and found is not None:

@@ -27,9 +27,9 @@ class SymmetricBuffer:
         RuntimeError: the GPUs can't map one another's memory.
     """
 
-    def __init__(self, rank: int, size: int, store: Store, device: torch.device, num_bytes: int) -> None:
-        self._group = register_group(rank, size, PrefixStore("symmetric", store))
-        self.name = self._group.group_name
+    def __init__(self, group: dist.ProcessGroup, store: Store, device: torch.device, num_bytes: int) -> None:
+        self.name = register(group, PrefixStore("symmetric", store))
+        self._group = group
         self.bytes = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
         self._handle = _SymmetricMemory.rendezvous(self.bytes, self.name)
 
@@ -43,14 +43,13 @@ class SymmetricBuffer:
         torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", self.name)
 
 
-def register_group(rank: int, size: int, store: Store) -> dist.ProcessGroup:
-    """A group by whose name torch's symmetric memory finds these ranks, as long as the caller holds it.
+def register(group: dist.ProcessGroup, store: Store) -> str:
+    """A name by which torch's symmetric memory finds `group`, as long as the caller holds it.
 
-    Versions of torch look in one of two places.
+    It meets through `store`. Versions of torch look for the name in one of two places.
     """
     name = f"minisgl-{next(_numbers)}"
-    group = dist.ProcessGroup(store, rank, size)  # without a backend: it carries nothing
     group._set_group_name(name)  # type: ignore[arg-type]
     _register_process_group(name, group)  # type: ignore[arg-type]
-    _SymmetricMemory.set_group_info(name, rank, size, store)
-    return group
+    _SymmetricMemory.set_group_info(name, group.rank(), group.size(), store)
+    return name

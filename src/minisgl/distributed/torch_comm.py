@@ -31,7 +31,7 @@ def gloo_group(rank: int, size: int, store: Store, timeout_s: float) -> dist.Pro
     options._timeout = timedelta(seconds=timeout_s)
     options._threads = 2
     gloo = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, size, options)
-    group = dist.ProcessGroup(store, rank, size)
+    group = dist.ProcessGroup(PrefixStore("group", store), rank, size)
     group._register_backend(CPU, dist.ProcessGroup.BackendType.GLOO, gloo)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     return group
@@ -54,31 +54,31 @@ class TorchCommunicator:
         self._open: dist.ProcessGroup | None = group
 
     @property
-    def _group(self) -> dist.ProcessGroup:
+    def group(self) -> dist.ProcessGroup:
         if self._open is None:
             raise RuntimeError("the group is closed")
         return self._open
 
     def all_reduce(self, x: Tensor) -> None:
-        self._group.allreduce(x).wait()
+        self.group.allreduce(x).wait()
 
     def all_gather(self, x: Tensor) -> Tensor:
         out = x.new_empty((self.size, *x.shape))
-        self._group.allgather(list(out.unbind()), x).wait()
+        self.group.allgather(list(out.unbind()), x).wait()
         return out
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         out = torch.empty_like(x[0])
-        self._group.reduce_scatter(out, list(x.unbind())).wait()
+        self.group.reduce_scatter(out, list(x.unbind())).wait()
         return out
 
     def broadcast(self, x: Tensor, src: int) -> None:
-        self._group.broadcast(x, src).wait()
+        self.group.broadcast(x, src).wait()
 
     def barrier(self) -> None:
         options = dist.BarrierOptions()
         options.device = CPU
-        self._group.barrier(options).wait()
+        self.group.barrier(options).wait()
 
     def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         return None
