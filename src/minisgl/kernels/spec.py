@@ -1,6 +1,9 @@
 """The kernel registry: what every kernel is, which versions it has, and where each of them works.
 
-Tests, benchmarks and reports iterate `registry()`. To add a kernel is to add a folder whose `op.py` calls `register`.
+A kernel is a folder. Its `op.py` has the public function and defines the `Kernel`: all that the engine needs to launch
+it. Its `cases.py` makes that a `KernelSpec`: reference, inputs, sizes, and the versions in `ladder/`, which the engine
+doesn't run but which taught something. Tests, benchmarks and reports iterate `registry()`, which loads both; the
+engine never loads `cases.py`. To add a kernel is to add a folder.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,43 +45,28 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
-class KernelSpec:
-    """A kernel: its public function, its reference, its versions (best first), and what a call costs.
+class Kernel:
+    """What it takes to launch a kernel.
 
     Args:
-        run: the public function; takes `version` (a name) and `config` besides its arguments.
-        reference: plain torch on any device, writes the same arguments.
-        library: torch's own operator for the same work, or the nearest composition of them.
+        versions: best first.
         sizes: names of the sizes that a version needs to know, in the order in which `launcher` gets them.
-        inputs: `(shape, dtype, device, generator, copies)` → that many tuples of arguments for `run`, which share what
-            calls of a model share (tables, caches, weights) and nothing else.
-        outputs: positions of the arguments that a call writes; updated: of those that it reads and writes.
         cost: `(shape, dtype)` → bytes that must move, floating-point operations.
-        tolerance: by dtype, the largest ‖out − reference‖ / ‖reference‖; 0 means equal bit for bit.
-        cases: shapes for tests, odd sizes among them. bench: shapes for benchmarks.
-        tunable: shapes that `profile tune` measures, over `configs`.
     """
 
     name: str
-    run: Run
-    reference: Run
-    library: Run
     versions: tuple[Version, ...]
     sizes: tuple[str, ...]
-    inputs: Callable[[Shape, torch.dtype, torch.device, torch.Generator, int], list[tuple[Any, ...]]]
-    outputs: tuple[int, ...]
-    updated: tuple[int, ...]
     cost: Callable[[Shape, torch.dtype], tuple[int, int]]
-    tolerance: Mapping[torch.dtype, float]
-    cases: tuple[Shape, ...]
-    bench: tuple[Shape, ...]
-    tunable: tuple[Shape, ...] = ()
-    configs: tuple[Config, ...] = ()
 
     @property
     def kind(self) -> Kind:
         """Kind of the version that is preferred."""
         return self.versions[0].kind
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.kind in ("cuda", "triton")
 
     def version(self, name: str) -> Version:
         for version in self.versions:
@@ -103,13 +91,47 @@ class KernelSpec:
         raise KernelError(f"no version of {self.name} fits {dtype} on {arch_of(where)} with {sizes}:{listed}")
 
 
-_registry: dict[str, KernelSpec] = {}
+@dataclass(frozen=True, slots=True)
+class KernelSpec(Kernel):
+    """A kernel with all that is needed to test and to measure it.
+
+    Args:
+        run: the public function; takes `version` (a name) besides its arguments, on a GPU also `config`.
+        reference: plain torch on any device, writes the same arguments.
+        library: torch's own operator for the same work, or the nearest composition of them.
+        inputs: `(shape, dtype, device, generator, copies)` → that many tuples of arguments for `run`, which share what
+            calls of a model share (tables, caches, weights) and nothing else.
+        outputs: positions of the arguments that a call writes; updated: of those that it reads and writes.
+        tolerance: by dtype served, the largest ‖out − reference‖ / ‖reference‖; 0 means equal bit for bit.
+        cases: shapes for tests, odd sizes among them. bench: shapes for benchmarks.
+        tunable: shapes that `profile tune` measures, over `configs`.
+        error: `(arguments after the call, after the reference)` → what `tolerance` bounds instead of that norm.
+    """
+
+    run: Run
+    reference: Run
+    library: Run
+    inputs: Callable[[Shape, torch.dtype, torch.device, torch.Generator, int], list[tuple[Any, ...]]]
+    outputs: tuple[int, ...]
+    updated: tuple[int, ...]
+    tolerance: Mapping[torch.dtype, float]
+    cases: tuple[Shape, ...]
+    bench: tuple[Shape, ...]
+    tunable: tuple[Shape, ...] = ()
+    configs: tuple[Config, ...] = ()
+    error: Callable[[tuple[Any, ...], tuple[Any, ...]], float] | None = None
 
 
-def register(spec: KernelSpec) -> KernelSpec:
-    assert spec.name not in _registry, f"kernel {spec.name} is registered twice"
-    _registry[spec.name] = spec
-    return spec
+_registry: dict[str, Kernel] = {}
+K = TypeVar("K", bound=Kernel)
+
+
+def register(kernel: K) -> K:
+    """Puts `kernel` into the registry; a `KernelSpec` takes the place of the `Kernel` that it completes."""
+    known = _registry.get(kernel.name)
+    assert known is None or type(known) is Kernel, f"kernel {kernel.name} is registered twice"
+    _registry[kernel.name] = kernel
+    return kernel
 
 
 @lru_cache(maxsize=8192)
@@ -122,6 +144,8 @@ def launcher(
         KernelError: no version fits, or not the one asked for.
     """
     spec = _registry[kernel]
+    if version and version not in [v.name for v in spec.versions]:
+        spec = registry()[kernel]  # the laboratory has more
     shape = dict(zip(spec.sizes, sizes, strict=True))
     where = capability(device)
     chosen = spec.version(version) if version else spec.select(where, dtype, shape)
@@ -156,16 +180,23 @@ def nothing(*_: object) -> None:
     """The plan for tensors without elements."""
 
 
+def fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
+    """`supports` of a version that serves every call which passed the checks."""
+    return None
+
+
 @cache
 def _load_all() -> None:
     import minisgl.kernels as package
 
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.ispkg and importlib.util.find_spec(f"{package.__name__}.{module.name}.op"):
-            importlib.import_module(f"{package.__name__}.{module.name}.op")
+    for folder in pkgutil.iter_modules(package.__path__):
+        for part in ("op", "cases"):
+            module = f"{package.__name__}.{folder.name}.{part}"
+            if folder.ispkg and importlib.util.find_spec(module):
+                importlib.import_module(module)
 
 
 def registry() -> Mapping[str, KernelSpec]:
     """Every kernel by name."""
     _load_all()
-    return _registry
+    return {name: kernel for name, kernel in _registry.items() if isinstance(kernel, KernelSpec)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minisgl.kernels import check
 from minisgl.kernels.nvrtc import CTYPES, Build, Capability, prepare
-from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, by_layout, launcher, nothing, register
+from minisgl.kernels.spec import Kernel, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.tuning import Config
 
 
@@ -131,41 +131,7 @@ def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     return triton_v1.run
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The definition, in x's own precision."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-
-def _reference(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    out.copy_(norm(x, weight, eps))
-
-
-def _add_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    residual += x
-    out.copy_(norm(residual, weight, eps))
-
-
-def _library(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    out.copy_(torch.nn.functional.rms_norm(x, weight.shape, weight, eps))
-
-
-def _add_library(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    residual += x
-    out.copy_(torch.nn.functional.rms_norm(residual, weight.shape, weight, eps))
-
-
-def _inputs(
-    add: bool, shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator, copies: int
-) -> list[tuple[Any, ...]]:
-    width, pad = shape["width"], shape.get("pad", 0)
-    size = (copies, shape["tokens"], width + pad)
-    x, residual = (torch.randn(size, dtype=dtype, device=device, generator=generator)[..., :width] for _ in range(2))
-    weight = torch.randn(width, dtype=dtype, device=device, generator=generator)
-    out = torch.empty(size, dtype=dtype, device=device)[..., :width]
-    return [(x[i], *((residual[i],) if add else ()), weight, 1e-6, out[i]) for i in range(copies)]
-
-
-def _spec(name: str, add: int) -> KernelSpec:
+def _kernel(name: str, add: int) -> Kernel:
     builds = tuple(
         _build(add, dtype, width, vec, row_threads)
         for dtype, width, vec, row_threads in (
@@ -175,33 +141,18 @@ def _spec(name: str, add: int) -> KernelSpec:
             (torch.bfloat16, 577, 1, 96),
         )
     )
-    sizes: tuple[tuple[int, int, int], ...] = (
-        (1, 1024, 0), (5, 4096, 0), (67, 128, 0), (300, 576, 64), (9, 577, 0), (33, 80, 8), (3, 8192, 0), (3, 9, 1),
-        (2, 3, 0), (0, 64, 0),
-    )  # fmt: skip
-    return KernelSpec(
+    return Kernel(
         name=name,
-        run=add_rmsnorm if add else rmsnorm,
-        reference=_add_reference if add else _reference,
-        library=_add_library if add else _library,
         versions=(
             Version("v2", "cuda", _fits, partial(_v2, add), builds),
             Version("v1", "triton", triton_fits, _v1),
         ),
         sizes=("tokens", "width", "vec"),
-        inputs=partial(_inputs, bool(add)),
-        outputs=(4,) if add else (3,),
-        updated=(1,) if add else (),
         cost=lambda shape, dtype: (
             (shape["tokens"] * (2 + 2 * add) + 1) * shape["width"] * dtype.itemsize,
             shape["tokens"] * shape["width"] * (4 + add),
         ),
-        tolerance={torch.float32: 2e-6, torch.bfloat16: (1 + add) * 4e-3, torch.float16: (1 + add) * 5e-4},  # roundings
-        cases=tuple({"tokens": t, "width": w, "pad": p} for t, w, p in sizes),
-        bench=tuple({"tokens": n, "width": 1024} for n in (1, 64, 256, 1024, 4096, 16384)),
-        tunable=tuple({"tokens": 4**n, "width": 1024} for n in range(8)),
-        configs=tuple(Config(threads, work) for threads in (128, 256) for work in (1, 2, 4)),
     )
 
 
-SPEC, ADD_SPEC = register(_spec("rmsnorm", 0)), register(_spec("add_rmsnorm", 1))
+KERNEL, ADD_KERNEL = register(_kernel("rmsnorm", 0)), register(_kernel("add_rmsnorm", 1))

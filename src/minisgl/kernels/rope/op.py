@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from minisgl.kernels import check
 from minisgl.kernels.nvrtc import CTYPES, Build, prepare
-from minisgl.kernels.rmsnorm.op import floats_only, triton_fits
-from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, by_layout, launcher, nothing, register
+from minisgl.kernels.rmsnorm.op import floats_only
+from minisgl.kernels.spec import Kernel, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.tuning import Config
 from minisgl.types import KernelError
 
@@ -91,60 +89,14 @@ def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     return run
 
 
-def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
-    from minisgl.kernels.rope import triton_v1
-
-    return triton_v1.run
-
-
-def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    """Rotary embedding (Su et al., 2021) of x [T, H, D], in x's own precision."""
-    cos, sin = cos_sin[positions.long()].to(x.dtype).unsqueeze(1).chunk(2, dim=-1)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-def _reference(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
-    q.copy_(rotate(q, cos_sin, positions))
-    k.copy_(rotate(k, cos_sin, positions))
-
-
-def random_angles(shape: Shape, device: torch.device, generator: torch.Generator, copies: int) -> tuple[Tensor, Tensor]:
-    """A table of cosines and sines [max_position, D], and positions [copies, T]."""
-    dim, limit = shape["head_dim"], shape.get("max_position", 4096)
-    frequencies = 10000.0 ** -(torch.arange(0, dim, 2, device=device) / dim)
-    angles = torch.arange(limit, device=device)[:, None] * frequencies
-    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).float().contiguous()
-    shape_ = (copies, shape["tokens"])
-    return cos_sin, torch.randint(0, limit, shape_, device=device, generator=generator, dtype=torch.int32)
-
-
-def _inputs(
-    shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator, copies: int
-) -> list[tuple[Any, ...]]:
-    tokens, heads, kv_heads, dim = (shape[n] for n in ("tokens", "heads", "kv_heads", "head_dim"))
-    size = (copies, tokens, heads + 2 * kv_heads, dim)  # q and k are slices of a fused product's rows
-    rows = torch.randn(size, dtype=dtype, device=device, generator=generator)
-    cos_sin, positions = random_angles(shape, device, generator, copies)
-    q, k = rows[:, :, :heads], rows[:, :, heads : heads + kv_heads]
-    return [(q[i], k[i], cos_sin, positions[i]) for i in range(copies)]
-
-
 def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
     numbers = shape["tokens"] * (shape["heads"] + shape["kv_heads"]) * shape["head_dim"]
     return numbers * 2 * dtype.itemsize + shape["tokens"] * (shape["head_dim"] + 1) * 4, 3 * numbers
 
 
-def _case(tokens: int, heads: int, kv_heads: int, head_dim: int) -> Shape:
-    return {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-
-
-SPEC = register(
-    KernelSpec(
+KERNEL = register(
+    Kernel(
         name="rope",
-        run=rope,
-        reference=_reference,
-        library=_reference,
         versions=(
             Version(
                 "v2",
@@ -157,20 +109,8 @@ SPEC = register(
                     _build(torch.float16, 4, 4, 80, 4),
                 ),
             ),
-            Version("v1", "triton", triton_fits, _v1),
         ),
         sizes=("tokens", "heads", "kv_heads", "head_dim"),
-        inputs=_inputs,
-        outputs=(),
-        updated=(0, 1),
         cost=_cost,
-        tolerance={torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
-        cases=tuple(
-            _case(*sizes)
-            for sizes in ((1, 16, 8, 128), (37, 9, 3, 64), (6, 5, 1, 80), (19, 7, 7, 96), (3, 3, 3, 256), (0, 2, 1, 64))
-        ),
-        bench=tuple(_case(n, 16, 8, 128) for n in (1, 64, 256, 1024, 4096, 16384)),
-        tunable=tuple(_case(4**n, 16, 8, 128) for n in range(8)),
-        configs=tuple(Config(threads, work) for threads in (64, 128, 256) for work in (1, 2, 4)),
     )
 )

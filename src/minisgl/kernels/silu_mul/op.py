@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from minisgl.kernels import check
 from minisgl.kernels.nvrtc import CTYPES, Build, prepare
-from minisgl.kernels.rmsnorm.op import floats_only, triton_fits
-from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, by_layout, launcher, nothing, register
+from minisgl.kernels.rmsnorm.op import floats_only
+from minisgl.kernels.spec import Kernel, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.tuning import Config
 from minisgl.types import KernelError
 
@@ -63,34 +61,9 @@ def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     return run
 
 
-def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
-    from minisgl.kernels.silu_mul import triton_v1
-
-    return triton_v1.run
-
-
-def _reference(gate_up: Tensor, out: Tensor) -> None:
-    gate, up = gate_up.chunk(2, dim=-1)
-    out.copy_(torch.nn.functional.silu(gate) * up)
-
-
-def _inputs(
-    shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator, copies: int
-) -> list[tuple[Any, ...]]:
-    columns, pad = shape["columns"], shape.get("pad", 0)
-    size = (copies, shape["tokens"], 2 * columns + pad)
-    gate_up = torch.randn(size, dtype=dtype, device=device, generator=generator)[..., : 2 * columns]
-    out = torch.empty(copies, shape["tokens"], columns + pad, dtype=dtype, device=device)[..., :columns]
-    return [(gate_up[i], out[i]) for i in range(copies)]
-
-
-_SIZES = ((1, 3072, 0), (67, 1536, 16), (5, 14336, 0), (3, 33, 0), (129, 8, 8), (2, 1, 1), (0, 16, 0))
-SPEC = register(
-    KernelSpec(
+KERNEL = register(
+    Kernel(
         name="silu_mul",
-        run=silu_mul,
-        reference=_reference,
-        library=_reference,
         versions=(
             Version(
                 "v2",
@@ -99,20 +72,11 @@ SPEC = register(
                 _v2,
                 (_build(torch.bfloat16, 3072, 8, 2), _build(torch.float32, 33, 1, 4), _build(torch.float16, 40, 8, 1)),
             ),
-            Version("v1", "triton", triton_fits, _v1),
         ),
         sizes=("tokens", "columns", "vec"),
-        inputs=_inputs,
-        outputs=(1,),
-        updated=(),
         cost=lambda shape, dtype: (
             shape["tokens"] * shape["columns"] * 3 * dtype.itemsize,
             shape["tokens"] * shape["columns"] * 5,
         ),
-        tolerance={torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
-        cases=tuple({"tokens": t, "columns": c, "pad": p} for t, c, p in _SIZES),
-        bench=tuple({"tokens": n, "columns": 3072} for n in (1, 64, 256, 1024, 4096, 16384)),
-        tunable=tuple({"tokens": 4**n, "columns": 3072} for n in range(8)),
-        configs=tuple(Config(threads, work) for threads in (64, 128, 256) for work in (1, 2, 4)),
     )
 )

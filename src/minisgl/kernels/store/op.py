@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from minisgl.kernels import check
 from minisgl.kernels.nvrtc import ID_CTYPES, Build, prepare
-from minisgl.kernels.spec import FLOATS, KernelSpec, Run, Shape, Version, by_layout, launcher, nothing, register
+from minisgl.kernels.spec import Kernel, Run, Shape, Version, by_layout, fits, launcher, nothing, register
 from minisgl.kernels.tuning import Config
 
 
@@ -69,92 +67,34 @@ def _check(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor
         check.rows(name, x)
 
 
-def _row_bytes(dtype: torch.dtype, shape: Shape) -> int:
+def row_bytes_of(dtype: torch.dtype, shape: Shape) -> int:
     return shape["heads"] * shape["head_dim"] * dtype.itemsize
 
 
-def _build(version: str, row_bytes: int, vec: int, id_bytes: int, **macros: int) -> Build:
+def build_for(version: str, row_bytes: int, vec: int, id_bytes: int, **macros: int) -> Build:
+    """The build of the source of `version`, which lies in the ladder unless it is the one that the engine runs."""
     macros |= {"ROW_BYTES": row_bytes, "VEC": vec}
-    return Build.of(f"store/store_{version}.cu", f"store_{version}", ID_T=ID_CTYPES[id_bytes], **macros)
-
-
-def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
-    build = _build("v1", _row_bytes(dtype, shape), shape["vec"], shape["id_bytes"])
-    return prepare(build, device, check.num_blocks(shape["tokens"] * 32, 128), 128, pdl=False)
+    source = f"store/{'' if version == 'v2' else 'ladder/'}store_{version}.cu"
+    return Build.of(source, f"store_{version}", ID_T=ID_CTYPES[id_bytes], **macros)
 
 
 def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
-    row_bytes = _row_bytes(dtype, shape)
+    row_bytes = row_bytes_of(dtype, shape)
     lanes, work, pieces = check.split_row(row_bytes // shape["vec"], config.work)
-    build = _build("v2", row_bytes, shape["vec"], shape["id_bytes"], LANES=lanes, WORK=work)
+    build = build_for("v2", row_bytes, shape["vec"], shape["id_bytes"], LANES=lanes, WORK=work)
     blocks = check.num_blocks(shape["tokens"] * 2 * pieces * lanes, config.threads)
     return prepare(build, device, blocks, config.threads, config.pdl)
 
 
-def _reference(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    valid = (slots >= 0) & (slots < k_cache.shape[0])
-    k_cache[slots[valid].long()] = k[valid]
-    v_cache[slots[valid].long()] = v[valid]
-
-
-def _library(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    k_cache.index_copy_(0, slots, k)
-    v_cache.index_copy_(0, slots, v)
-
-
-def random_slots(shape: Shape, device: torch.device, generator: torch.Generator, copies: int) -> Tensor:
-    """[copies, T] slots, distinct within a copy, in random order; every `skip`-th is -1."""
-    tokens, total = shape["tokens"], shape["slots"]
-    order = torch.randperm(total, device=device, generator=generator)
-    starts = torch.arange(copies, device=device)[:, None] * tokens
-    slots = order[(starts + torch.arange(tokens, device=device)) % total]
-    if "skip" in shape:
-        slots[:, :: shape["skip"]] = -1
-    return slots.to(torch.int64 if shape.get("id_bytes", 8) == 8 else torch.int32)
-
-
-def _inputs(
-    shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator, copies: int
-) -> list[tuple[Any, ...]]:
-    tokens, heads, dim, pad = shape["tokens"], shape["heads"], shape["head_dim"], shape.get("pad", 0)
-    caches = [torch.empty(shape["slots"], heads, dim, dtype=dtype, device=device) for _ in range(2)]
-    qkv = torch.randn(copies, tokens, 2 * heads * dim + pad, dtype=dtype, device=device, generator=generator)
-    k, v = qkv[..., : 2 * heads * dim].view(copies, tokens, 2, heads, dim).unbind(2)
-    slots = random_slots(shape, device, generator, copies)
-    return [(*caches, k[i], v[i], slots[i]) for i in range(copies)]
-
-
 def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
-    return shape["tokens"] * (4 * _row_bytes(dtype, shape) + shape.get("id_bytes", 8)), 0
+    return shape["tokens"] * (4 * row_bytes_of(dtype, shape) + shape.get("id_bytes", 8)), 0
 
 
-_QWEN = {"heads": 8, "head_dim": 128, "slots": 262_144}
-SPEC = register(
-    KernelSpec(
+KERNEL = register(
+    Kernel(
         name="store",
-        run=store,
-        reference=_reference,
-        library=_library,
-        versions=(
-            Version("v2", "cuda", lambda *_: None, _v2, (_build("v2", 2048, 16, 8, LANES=32, WORK=2),)),
-            Version("v1", "cuda", lambda *_: None, _v1, (_build("v1", 2048, 16, 8),)),
-        ),
+        versions=(Version("v2", "cuda", fits, _v2, (build_for("v2", 2048, 16, 8, LANES=32, WORK=2),)),),
         sizes=("tokens", "heads", "head_dim", "vec", "id_bytes"),
-        inputs=_inputs,
-        outputs=(0, 1),
-        updated=(),
         cost=_cost,
-        tolerance=dict.fromkeys(FLOATS, 0.0),
-        cases=(
-            {"tokens": 1, "heads": 8, "head_dim": 128, "slots": 40},
-            {"tokens": 77, "heads": 3, "head_dim": 64, "slots": 100, "pad": 192, "id_bytes": 4},
-            {"tokens": 9, "heads": 1, "head_dim": 80, "slots": 33, "skip": 2},
-            {"tokens": 5, "heads": 3, "head_dim": 5, "slots": 8, "pad": 3, "skip": 3, "id_bytes": 4},
-            {"tokens": 200, "heads": 2, "head_dim": 256, "slots": 999, "skip": 1},
-            {"tokens": 0, "heads": 2, "head_dim": 64, "slots": 4},
-        ),
-        bench=tuple({"tokens": n, **_QWEN} for n in (1, 64, 256, 1024, 4096, 16384)),
-        tunable=tuple({"tokens": 4**n, **_QWEN} for n in range(8)),
-        configs=tuple(Config(threads, work) for threads in (64, 128, 256) for work in (1, 2, 4)),
     )
 )
