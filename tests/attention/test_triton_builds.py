@@ -57,13 +57,18 @@ def build(kernel: str, capability: int, dtype: str, dim: int) -> int:
     if kernel == "decode":
         function, tile = triton_decode._decode, decode_tile(dim_pad, element, split=True)
         constants |= {"ROWS": 16, "SPLIT": True, "PDL": capability >= 90}
+        if dtype == "fp16":
+            constants["table_rows"] = None  # of eager steps
     else:
         function, tile = triton_prefill._prefill, prefill_tile(dim_pad, element, SHARED_BYTES[capability])
         constants |= {"ROWS": tile.rows, "QUERIES": tile.rows // 2, "WIDE": False}
     constants["TOKENS"] = tile.tokens
     tensors = dict.fromkeys(("q", "keys", "values", "out"), f"*{dtype}")
-    tensors |= dict.fromkeys(("table", "lens", "starts"), "*i32") | dict.fromkeys(("part_out", "part_lse"), "*fp32")
+    tensors |= dict.fromkeys(("table", "table_rows", "lens", "starts"), "*i32") | dict.fromkeys(
+        ("part_out", "part_lse"), "*fp32"
+    )
     names = function.arg_names
+    tensors = {name: type for name, type in tensors.items() if name not in constants}
     types = tensors | {"scale": "fp32"} | dict.fromkeys(constants, "constexpr")
     aligned = [name for name in ("q", "q_stride", "keys", "values", "out") if name in names]
     source = ASTSource(

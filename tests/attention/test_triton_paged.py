@@ -166,6 +166,21 @@ def test_triton_interpreted_equals_reference_at_odd_geometries(geometry: Geometr
     check(geometry, *MIXES["mixed"], None, None, seed=1)
 
 
+def test_triton_finds_the_rows_of_a_larger_table() -> None:
+    """As captured steps hand the table over: every running request's row, in whatever order the batch has them."""
+    g, rows = SMALL[1], [7, 0, 4]
+    batch = make_batch(g, [40, 2, 130], [1, 1, 1], 0, TritonPaged(MANY))
+    expected = reference(make_queries(g, 3, 0), batch, 0.3, None)
+    whole = torch.full((9, batch.page_table.shape[1] + 5), 10**6, dtype=torch.int32, device=g.device)
+    whole[rows, : batch.page_table.shape[1]] = batch.page_table
+    batch.page_table, batch.table_rows = whole[:, :-3], torch.tensor(rows, dtype=torch.int32, device=g.device)
+    for splits in (MANY, ONE):
+        batch.attention = TritonPaged(splits)
+        batch.attention.prepare(batch)
+        got = batch.attention.forward(make_queries(g, 3, 0), 0, batch, 0.3, None)
+        assert error(got, expected) < TOLERANCE[g.dtype]
+
+
 def test_triton_gives_zeros_for_padding_rows() -> None:
     g = SMALL[0]
     batch = make_batch(g, [40, 2, 70], [1, 1, 1], 0, TritonPaged(MANY))

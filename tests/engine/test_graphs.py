@@ -24,17 +24,20 @@ class DeviceOnly(AttentionBackend):
 
     name = "device_only"
     capturable = True
+    short_context = 40
 
     def forward(self, q: Tensor, layer: int, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
         keys, values = batch.pool.k[layer], batch.pool.v[layer]
         out = torch.empty_like(q)
         starts = batch.query_starts.tolist()
-        for i, length in enumerate(batch.seq_lens.tolist()):
-            k, v = (x[batch.page_table[i].long()].flatten(0, 1)[:length] for x in (keys, values))
-            rows = q[starts[i] : starts[i + 1]]
+        rows = range(len(starts) - 1) if batch.table_rows is None else batch.table_rows.tolist()
+        for i, (row, length) in enumerate(zip(rows, batch.seq_lens.tolist(), strict=True)):
+            assert length <= batch.page_table.shape[1] * batch.pool.page_size
+            k, v = (x[batch.page_table[row].long()].flatten(0, 1)[:length] for x in (keys, values))
+            queries = q[starts[i] : starts[i + 1]]
             group = q.shape[1] // k.shape[1]
-            scores = torch.einsum("qhd,khd->hqk", rows, k.repeat_interleave(group, 1)) * scale
-            position = torch.arange(length - len(rows), length)[:, None]
+            scores = torch.einsum("qhd,khd->hqk", queries, k.repeat_interleave(group, 1)) * scale
+            position = torch.arange(length - len(queries), length)[:, None]
             hidden = torch.arange(length) > position
             if window is not None:
                 hidden |= torch.arange(length) <= position - window
@@ -104,6 +107,8 @@ def test_decode_step_gives_the_tokens_of_transformers(
     driver.run()
     assert [driver.answers[id].tokens for id in ids] == expected
     assert {3, 5} <= set(replayed), "padded and whole batches were replayed"
+    graphs = driver.engine.runner.graphs
+    assert graphs is not None and len(graphs.widths) == 2, "answers grow from the narrow page table into the wide one"
     driver.close()
 
 

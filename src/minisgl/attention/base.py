@@ -23,7 +23,7 @@ class ForwardBatch:
     input_ids: Tensor  # [T] int32
     positions: Tensor  # [T] int32
     slots: Tensor  # [T] int64: where this step's keys and values go
-    page_table: Tensor  # [S, P] int32, rows padded with any valid page
+    page_table: Tensor  # [S, P] int32, rows padded with any valid page; [any, P] with `table_rows`
     seq_lens: Tensor  # [S] int32: tokens up to and including this step's
     query_starts: Tensor  # [S + 1] int32: prefix sums of the query lengths
     logits_indices: Tensor  # [R] int64: rows of [T] whose logits are wanted
@@ -33,6 +33,9 @@ class ForwardBatch:
     pool: KVPool
     attention: AttentionBackend
     plan: Any = None  # what the backend prepared for this batch
+    table_rows: Tensor | None = (
+        None  # [S] int32: each sequence's row of the table, if not its own number (captured steps)
+    )
 
 
 class AttentionBackend(ABC):
@@ -40,6 +43,7 @@ class AttentionBackend(ABC):
 
     name: str
     capturable = False  # decodes read lengths and pages on the device alone, so that CUDA graphs can hold them
+    short_context: int | None = None  # tokens: decodes cost less if a page table has no room for more
 
     def prepare(self, batch: ForwardBatch) -> None:  # noqa: B027 (optional)
         """Called once a step, before the first layer: what all layers share goes into `batch.plan`."""

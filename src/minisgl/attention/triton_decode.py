@@ -68,13 +68,14 @@ class Parts:
 # Integers and views that change from step to step must not each bring a compilation of their own.
 KEPT_GENERAL = {
     "do_not_specialize": ["table_stride", "num_seqs", "window", "chunk", "most"],
-    "do_not_specialize_on_alignment": ["table", "lens", "starts"],
+    "do_not_specialize_on_alignment": ["table", "table_rows", "lens", "starts"],
 }
 
 
 @triton.jit(**KEPT_GENERAL)
 def _decode(
-    q, q_stride, keys, values, table, table_stride, lens, out, part_out, part_lse, scale, window, chunk, most,
+    q, q_stride, keys, values, table, table_stride, table_rows, lens, out, part_out, part_lse, scale, window, chunk,
+    most,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     PAGE: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +97,8 @@ def _decode(
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    row = table + seq.to(tl.int64) * table_stride
+    number = seq if table_rows is None else tl.load(table_rows + seq)
+    row = table + number.to(tl.int64) * table_stride
     ahead = begin + tl.arange(0, TOKENS)
     pages = tl.load(row + ahead // PAGE, mask=ahead < end, other=0)
     for start in tl.range(begin, end, TOKENS):
@@ -194,6 +196,7 @@ def decode(
     keys: Tensor,
     values: Tensor,
     table: Tensor,
+    table_rows: Tensor | None,
     lens: Tensor,
     out: Tensor,
     scale: float,
@@ -208,7 +211,8 @@ def decode(
     Args:
         q: [S, heads, head_dim], each row of heads contiguous.
         keys, values: a layer of the pool, [pages, page_size, kv_heads, head_dim].
-        table: [S, P] int32 page ids, of which the first ceil(len / page_size) count.
+        table: [rows, P] int32 page ids, of which the first ceil(len / page_size) count.
+        table_rows: [S] int32, each sequence's row of the table; None: its own number.
         lens: [S] int32.
         out: [S, heads, head_dim], contiguous; written.
         window: positions that a query sees, its own among them; None: all.
@@ -221,7 +225,7 @@ def decode(
     window = 2**31 - 1 if window is None else window
     launch = {"num_warps": tile.warps, "num_stages": tile.stages, **({"launch_pdl": True} if pdl else {})}
     _decode[kv_heads, num_seqs, splits.most](
-        q, q.stride(0), keys, values, table, table.stride(0), lens, out, parts.out, parts.lse,
+        q, q.stride(0), keys, values, table, table.stride(0), table_rows, lens, out, parts.out, parts.lse,
         scale * LOG2_E, window, splits.chunk, splits.most,
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PAD=dim_pad,
         PAGE=page, TOKENS=tile.tokens, SPLIT=splits.most > 1, PDL=pdl, **launch,

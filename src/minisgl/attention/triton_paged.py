@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from minisgl.attention.base import AttentionBackend, ForwardBatch
-from minisgl.attention.triton_decode import Parts, Splits, decode
+from minisgl.attention.triton_decode import LONG, Parts, Splits, decode
 from minisgl.attention.triton_prefill import prefill
 from minisgl.attention.triton_tiles import decode_tile, prefill_tile
 from minisgl.types import ConfigError
@@ -28,6 +28,7 @@ class Plan:
     pdl: bool  # programmatic dependent launch
     shared_bytes: int  # that a program can have
     tables: tuple[Tensor, Tensor]
+    table_rows: Tensor | None  # of the decodes, if not their own numbers
     lens: tuple[Tensor, Tensor]
     starts: Tensor  # of the extending sequences
     num_extend_tokens: int
@@ -45,6 +46,7 @@ class TritonPaged(AttentionBackend):
 
     name = "triton"
     capturable = True
+    short_context = LONG
 
     def __init__(self, splits: Splits | None = None) -> None:
         if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
@@ -65,7 +67,8 @@ class TritonPaged(AttentionBackend):
             splits,
             gpu is not None and gpu.major >= 9,
             getattr(gpu, "shared_memory_per_block_optin", 0),
-            (table[:n], table[n:]),
+            (table[:n] if batch.table_rows is None else table, table[n:]),
+            batch.table_rows,
             (batch.seq_lens[:n], batch.seq_lens[n:]),
             batch.query_starts[n:],
             batch.input_ids.shape[0] - n,
@@ -82,8 +85,8 @@ class TritonPaged(AttentionBackend):
         if plan.splits is not None:
             parts = self._scratch(q, batch.pool.num_kv_heads)
             tile = decode_tile(dim_pad, q.dtype, plan.splits.most > 1)
-            table, lens = plan.tables[0], plan.lens[0]
-            decode(q[:n], *pool, table, lens, out[:n], scale, window, tile, plan.splits, parts, plan.pdl)
+            table, rows, lens = plan.tables[0], plan.table_rows, plan.lens[0]
+            decode(q[:n], *pool, table, rows, lens, out[:n], scale, window, tile, plan.splits, parts, plan.pdl)
         if plan.num_extend_tokens:
             tile, tokens = prefill_tile(dim_pad, q.dtype, plan.shared_bytes), plan.num_extend_tokens
             prefill(q, *pool, plan.tables[1], plan.lens[1], plan.starts, tokens, out, scale, window, tile)

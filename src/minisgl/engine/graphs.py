@@ -1,7 +1,8 @@
 """CUDA graphs of decode steps: a step costs the host one small copy and one or two launches.
 
 There is a graph for each batch size of a ladder; a smaller batch is padded with the dummy row. A graph takes its
-inputs from `DeviceRows`: the host sends the rows of the batch and the pages that they gained. Forward graphs end at
+inputs from `DeviceRows`: the host sends the rows of the batch and the pages that they gained. The page table's width
+counts as an input's shape: attention has less to do where it has no room for long contexts. Forward graphs end at
 logits, in one memory pool; a sampler graph behind each serves rows that need no filter, penalty or log-probability.
 """
 
@@ -19,10 +20,9 @@ from minisgl.attention.base import AttentionBackend, ForwardBatch
 from minisgl.cache.pool import KVPool
 from minisgl.engine.sampler import gumbel_argmax
 from minisgl.engine.state import DeviceRows, RowParams, Uploader
+from minisgl.kernels.prepare.op import NEVER, DecodeInputs, prepare
 from minisgl.models import CausalLM
 from minisgl.types import Request
-
-WARM_UPS = 2  # runs before a capture: kernels are compiled, libraries make their handles
 
 
 def ladder(max_batch: int) -> list[int]:
@@ -34,48 +34,35 @@ def ladder(max_batch: int) -> list[int]:
 class DecodeStep:
     """The work of one decode step over fixed memory, for `size` requests: what a graph captures.
 
-    words: [4, size] int32, the only input: rows; then row, place and page of pages gained.
+    words: [3, size] int32, the only input: see `kernels.prepare`. pages: how many a request has at most.
     """
 
     def __init__(
-        self, model: CausalLM, pool: KVPool, attention: AttentionBackend, state: DeviceRows, words: Tensor
+        self, model: CausalLM, pool: KVPool, attention: AttentionBackend, state: DeviceRows, words: Tensor, pages: int
     ) -> None:
         self.model, self.pool, self.attention, self.state = model, pool, attention, state
-        self.words = words
-        self.size = words.shape[1]
-        self.rows = torch.zeros(self.size, dtype=torch.int64, device=words.device)
-        self.params = torch.zeros(self.size, 8, dtype=torch.int32, device=words.device)
-        self.output_index = torch.zeros(self.size, dtype=torch.int32, device=words.device)
-        self.tokens = torch.zeros(self.size, dtype=torch.int64, device=words.device)
-        self._starts = torch.arange(self.size + 1, dtype=torch.int32, device=words.device)
+        self.words, self.size, device = words, words.shape[1], words.device
+        self.table = state.page_table[:, :pages]
+        self.inputs = DecodeInputs.empty(self.size, device)
+        self.tokens = torch.zeros(self.size, dtype=torch.int64, device=device)
+        self._starts = torch.arange(self.size + 1, dtype=torch.int32, device=device)
+        self._every = torch.arange(self.size, device=device)
 
     def forward(self) -> Tensor:
         """Reads the rows' state, runs the model, counts the token computed. Returns logits [size, V]."""
-        state, size = self.state, self.pool.page_size
-        state.write_pages(self.words[1:])
-        self.rows.copy_(self.words[0])
-        positions = state.lengths.index_select(0, self.rows)
-        lens = positions + 1
-        table = state.page_table.index_select(0, self.rows)
-        page = table.gather(1, (positions // size).long()[:, None])[:, 0]
-        ids = state.last_token.index_select(0, self.rows)
-        slots = page.long() * size + positions % size
-        nothing = np.empty(0, np.int32)
+        x, nothing = self.inputs, np.empty(0, np.int32)
+        prepare(self.words, self.state.tables, self.pool.page_size, x)
         batch = ForwardBatch(
-            ids, positions, slots, table, lens, self._starts, self._starts[:-1].long(), self.size, nothing, nothing,
-            self.pool, self.attention,
+            x.ids, x.positions, x.slots, self.table, x.lens, self._starts, self._every, self.size, nothing, nothing,
+            self.pool, self.attention, table_rows=self.words[0],
         )  # fmt: skip
         self.attention.prepare(batch)
-        logits = self.model.forward(batch)
-        state.lengths.index_copy_(0, self.rows, torch.where(self.rows == state.dummy, 0, lens))
-        self.params.copy_(state.params.index_select(0, self.rows))
-        self.output_index.copy_(lens - self.params[:, 6])
-        return logits
+        return self.model.forward(batch)
 
     def sample(self, logits: Tensor) -> None:
         """Samples `tokens`, and makes them the rows' last ones."""
-        self.tokens.copy_(gumbel_argmax(logits, RowParams(self.params), self.output_index))
-        self.state.last_token.index_copy_(0, self.rows, self.tokens.to(torch.int32))
+        self.tokens.copy_(gumbel_argmax(logits, RowParams(self.inputs.params), self.inputs.output_index))
+        self.state.last_token.index_copy_(0, self.words[0].long(), self.tokens.to(torch.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +85,7 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Captured decode steps for batches of up to `max_batch`."""
+    """Captured decode steps for batches of up to `max_batch`: for short contexts, and for any."""
 
     def __init__(
         self,
@@ -111,12 +98,16 @@ class DecodeGraphs:
     ) -> None:
         self.max_batch, self.state = max_batch, state
         self.sizes = ladder(max_batch)
-        self._pad = np.array([[state.dummy], [state.dummy], [0], [pool.dummy_page]], np.int32)
-        self._steps: dict[int, _Captured] = {}
+        self._pad = np.array([[state.dummy], [NEVER], [0]], np.int32)
+        self.page_size, most = pool.page_size, state.page_table.shape[1]
+        self.widths = sorted({min((attention.short_context or most * self.page_size) // self.page_size, most), most})
+        self._steps: dict[tuple[int, int], _Captured] = {}
         memory = None
-        for size in _progress(sorted(self.sizes, reverse=True), progress):  # the largest first: others fit its memory
+        wanted = [(size, pages) for size in reversed(self.sizes) for pages in self.widths]
+        for size, pages in _progress(wanted, progress):  # the largest first: others fit its memory
             words = torch.from_numpy(np.repeat(self._pad, size, axis=1)).to(pool.k.device)
-            self._steps[size], memory = self._capture(DecodeStep(model, pool, attention, state, words), memory)
+            step = DecodeStep(model, pool, attention, state, words, pages)
+            self._steps[size, pages], memory = self._capture(step, memory)
 
     @torch.inference_mode()
     def _capture(self, step: DecodeStep, memory: Any) -> tuple[_Captured, Any]:
@@ -124,8 +115,7 @@ class DecodeGraphs:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                step.sample(step.forward())
+            step.sample(step.forward())  # kernels are compiled, libraries make their handles
         torch.cuda.current_stream().wait_stream(stream)
         forward, sampler = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=memory):
@@ -134,31 +124,30 @@ class DecodeGraphs:
             step.sample(logits)
         return _Captured(step, forward, sampler, _alias(logits)), forward.pool()
 
-    def replay(self, upload: Uploader, requests: Sequence[Request], deltas: np.ndarray, sample: bool) -> Replay:
-        """Starts a step for `requests`, each of which gained one page at most (`deltas`, see `page_deltas`)."""
+    def replay(self, upload: Uploader, requests: Sequence[Request], longest: int, sample: bool) -> Replay:
+        """Starts a step for `requests`, of which the longest has `longest` tokens with the one computed now."""
         count = len(requests)
         size = next(s for s in self.sizes if s >= count)
-        captured = self._steps[size]
-        step, logits = captured.step, captured.logits
+        captured = self._steps[size, next(w for w in self.widths if w * self.page_size >= longest)]
+        step, x, logits = captured.step, captured.step.inputs, captured.logits
         words = np.repeat(self._pad, size, axis=1)
-        words[0, :count] = [r.row for r in requests]
-        words[1:, : deltas.shape[1]] = deltas
+        self.state.decode_words(requests, words)
         upload.send(words.ravel(), out=step.words.view(-1))
         captured.forward.replay()
         if sample:
             captured.sampler.replay()
         return Replay(
-            logits[:count], step.rows[:count], step.params[:count], step.output_index[:count], step.tokens[:count]
+            logits[:count], step.words[0, :count], x.params[:count], x.output_index[:count], step.tokens[:count]
         )
 
 
-def _progress(sizes: list[int], show: bool) -> Iterable[int]:
+def _progress(work: list[tuple[int, int]], show: bool) -> Iterable[tuple[int, int]]:
     if not show:
-        return sizes
+        return work
     from rich.console import Console
     from rich.progress import track
 
-    return track(sizes, "Capturing CUDA graphs", console=Console(stderr=True))
+    return track(work, "Capturing CUDA graphs", console=Console(stderr=True))
 
 
 def _alias(x: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ class ModelRunner:
         states = [self.states[r.row] for r in requests]
         simple = all(s.simple for s in states)
         with span("forward"):
-            step = graphs.replay(self.upload, requests, self.rows.page_deltas(requests), sample=simple)
+            step = graphs.replay(self.upload, requests, max(handle.batch.starts) + 1, sample=simple)
         with span("sample"):
             if simple:
                 self._fetch(handle, step.tokens)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minisgl.kernels.prepare.op import RowTables
 from minisgl.types import Request
 
 RING = 8  # pinned buffers: two transfers a step at most, and three steps of which one may still wait its turn
@@ -74,6 +75,7 @@ class DeviceRows:
         self.lengths = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
         self.last_token = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
         self.params = torch.zeros(num_rows + 1, 8, dtype=torch.int32, device=device)
+        self.tables = RowTables(self.page_table, self.lengths, self.last_token, self.params)
         self._known = [0] * num_rows  # pages of each row that the device has
 
     def admit(self, request: Request) -> None:
@@ -91,8 +93,19 @@ class DeviceRows:
                 known[row] = len(pages)
         return np.array(found, np.int32).reshape(-1, 3).T.copy()
 
+    def decode_words(self, requests: Sequence[Request], words: np.ndarray) -> None:
+        """Fills `words` [3, R], see `kernels.prepare`, for requests that decode: they gained one page at most."""
+        known = self._known
+        for i, request in enumerate(requests):
+            row, held = request.row, len(request.pages)
+            words[0, i] = row
+            if known[row] != held:
+                assert held - known[row] == 1
+                words[1:, i] = held - 1, request.pages[-1]
+                known[row] = held
+
     def write_pages(self, deltas: Tensor) -> None:
-        """Enters `page_deltas` [3, D]; entries of the dummy row, which pad it, change nothing."""
+        """Enters `page_deltas` [3, D]."""
         rows, places, pages = deltas.long().unbind()
         self.page_table[rows, places] = pages.to(torch.int32)
 
