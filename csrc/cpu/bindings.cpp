@@ -68,10 +68,11 @@ void add_layer(Decoder& self, std::tuple<Address, Address, Address> norms, const
 
 void forward(Decoder& self, int num_tokens, int num_outputs, Address input_ids, Address cos, Address sin, Address slots,
              Address output_indices, const Pages& pages, Address keys, Address values, std::ptrdiff_t layer_stride,
-             Address hidden) {
+             Address hidden, Address marks) {
     self.forward({num_tokens, num_outputs, at<const std::int32_t>(input_ids), at<const float>(cos),
                   at<const float>(sin), at<const std::int64_t>(slots), at<const std::int64_t>(output_indices),
-                  paging(pages), at<float>(keys), at<float>(values), layer_stride, at<float>(hidden)});
+                  paging(pages), at<float>(keys), at<float>(values), layer_stride, at<float>(hidden),
+                  at<std::int64_t>(marks)});
 }
 
 void paged_attention(Address q, std::ptrdiff_t q_stride, Address out, Address keys, Address values, const Pages& pages,

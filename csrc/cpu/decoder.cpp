@@ -1,6 +1,7 @@
 #include "cpu/decoder.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "cpu/thread_pool.hpp"
@@ -62,17 +63,29 @@ void Decoder::reserve(int num_tokens) {
     grow(inner_, 2 * shape_.intermediate_size);
 }
 
+// Nanoseconds of the monotonic clock, which is Python's time.perf_counter_ns as well.
+void Decoder::mark() {
+    if (marks_ != nullptr)
+        *marks_++ = std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 void Decoder::forward(const Step& step) {
+    marks_ = step.marks;
+    mark();
     reserve(step.num_tokens);
     parts_ = plan_attention(step.paging, shape_.num_heads, shape_.num_kv_heads);
     embedding_->gather(step.input_ids, step.num_tokens, residual_.data(), hidden_stride_);
+    mark();
     for (std::size_t i = 0; i < layers_.size(); ++i) {
         norm(i > 0 ? delta_.data() : nullptr, layers_[i].input_norm, step.num_tokens);
+        mark();
         self_attention(layers_[i], step, i);
         norm(delta_.data(), layers_[i].post_norm, step.num_tokens);
+        mark();
         mlp(layers_[i], step.num_tokens);
     }
     outputs(step);
+    mark();
 }
 
 // normed = rms_norm(residual += delta)
@@ -87,8 +100,10 @@ void Decoder::norm(const float* delta, const float* weight, int num_tokens) {
 
 void Decoder::self_attention(const Layer& layer, const Step& step, std::size_t number) {
     layer.qkv->multiply({normed_.data(), hidden_stride_}, step.num_tokens, layer.qkv_bias, qkv_.data(), qkv_size_);
+    mark();
     float *keys = step.keys + number * step.layer_stride, *values = step.values + number * step.layer_stride;
     rotate_and_store(layer, step, keys, values);
+    mark();
     const float scale = 1 / __builtin_sqrtf(static_cast<float>(shape_.head_dim));
     attend({{qkv_.data(), qkv_size_},
             attended_.data(),
@@ -102,8 +117,10 @@ void Decoder::self_attention(const Layer& layer, const Step& step, std::size_t n
             scale,
             layer.window},
            parts_);
+    mark();
     layer.o->multiply({attended_.data(), attended_stride_}, step.num_tokens, layer.o_bias, delta_.data(),
                       hidden_stride_);
+    mark();
 }
 
 // Norms (where the model does) and rotates each query and key head in place; keys and values go to their slots.
@@ -127,11 +144,14 @@ void Decoder::rotate_and_store(const Layer& layer, const Step& step, float* keys
 void Decoder::mlp(const Layer& layer, int num_tokens) {
     const int size = shape_.intermediate_size, stride = 2 * size;
     layer.gate_up->multiply({normed_.data(), hidden_stride_}, num_tokens, layer.gate_up_bias, inner_.data(), stride);
+    mark();
     for_tokens(num_tokens, [&](int t) {
         float* gate = inner_.data() + static_cast<std::ptrdiff_t>(t) * stride;
         kernels().silu_mul(gate, gate + size, size, gate);
     });
+    mark();
     layer.down->multiply({inner_.data(), stride}, num_tokens, layer.down_bias, delta_.data(), hidden_stride_);
+    mark();
 }
 
 void Decoder::outputs(const Step& step) {

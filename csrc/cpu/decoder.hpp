@@ -31,6 +31,7 @@ struct Step {
     float *keys, *values;         // the pool's [layers, pages, page_size, num_kv_heads, head_dim]
     std::ptrdiff_t layer_stride;  // floats
     float* hidden;                // [R, hidden_size]
+    std::int64_t* marks;          // null, or [9 layers + 3]: where to note when each operator ends
 };
 
 // Splits a step's attention into parts of similar work.
@@ -49,6 +50,7 @@ class Decoder {
 
   private:
     void reserve(int num_tokens);
+    void mark();
     void norm(const float* delta, const float* weight, int num_tokens);
     void rotate_and_store(const Layer& layer, const Step& step, float* keys, float* values);
     void self_attention(const Layer& layer, const Step& step, std::size_t number);
@@ -60,6 +62,7 @@ class Decoder {
     const float* norm_;
     std::vector<Layer> layers_;
     std::vector<AttentionPart> parts_;  // of the step under way
+    std::int64_t* marks_ = nullptr;     // what is left of its marks
 
     // Activations, by token. Rows are padded with zeros to whole blocks where they are the input of a product.
     int hidden_stride_, attended_stride_, qkv_size_;

@@ -74,6 +74,7 @@ class Decoder:
         values: int,
         layer_stride: int,
         hidden: int,
+        marks: int,
         /,
     ) -> None: ...
 

@@ -77,6 +77,7 @@ class ServerConfig:
     client_timeout: float = 30.0  # seconds for a client to send a request, and for leaving an answer unread
     drain_timeout: float = 60.0  # seconds that answers under way have to end when the server is told to
     sampling_defaults: str = "model"  # for what a request doesn't say: the model's own values, or neutral ones
+    profile: str | None = None  # folder for the traces of /profile/start and /profile/stop; None: they are off
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -30,7 +30,13 @@ class AbortRequest(msgspec.Struct, tag="abort", frozen=True):
     id: str
 
 
-Command = AddRequest | FinishRequest | AbortRequest
+class Profile(msgspec.Struct, tag="profile", frozen=True):
+    """Capture spans from here on, for a file in `folder`; None: end that and write it. Answered by `Profiled`."""
+
+    folder: str | None
+
+
+Command = AddRequest | FinishRequest | AbortRequest | Profile
 
 
 class Commands(msgspec.Struct, tag="commands", frozen=True):
@@ -87,6 +93,13 @@ class StepOutputs(msgspec.Struct, tag="step", frozen=True):
     stats: EngineStats
 
 
+class Profiled(msgspec.Struct, tag="profiled", frozen=True, omit_defaults=True):
+    """A capture has begun, or ended with the file at `path`; or why it couldn't."""
+
+    path: str | None = None
+    error: str | None = None
+
+
 class EngineFailed(msgspec.Struct, tag="failed", frozen=True):
     """Last message of an engine that can't go on."""
 
@@ -94,7 +107,7 @@ class EngineFailed(msgspec.Struct, tag="failed", frozen=True):
 
 
 ToEngine = Commands | Shutdown
-FromEngine = EngineReady | StepOutputs | EngineFailed
+FromEngine = EngineReady | StepOutputs | EngineFailed | Profiled
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

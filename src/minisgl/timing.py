@@ -6,8 +6,11 @@ comparison and returns a shared context manager that does nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+
+from minisgl.types import ConfigError
 
 SpanHook = Callable[[str], AbstractContextManager[object]]
 
@@ -15,12 +18,34 @@ _nothing: AbstractContextManager[object] = nullcontext()
 _hook: SpanHook | None = None
 
 
-def set_span_hook(hook: SpanHook | None) -> None:
-    """Installs `hook`, called with each span's name; None turns it off."""
+def set_span_hook(hook: SpanHook | None) -> SpanHook | None:
+    """Installs `hook`, called with each span's name; None turns it off. Returns the hook before it."""
     global _hook
-    _hook = hook
+    before, _hook = _hook, hook
+    return before
 
 
 def span(name: str) -> AbstractContextManager[object]:
     """A context manager around the work called `name`."""
     return _nothing if _hook is None else _hook(name)
+
+
+def use_nvtx() -> bool:
+    """Makes spans NVTX ranges, which Nsight Systems shows, if $MINISGL_NVTX asks for that; whether it does.
+
+    Raises:
+        ConfigError: it does, but the installed torch can't.
+    """
+    asked = os.environ.get("MINISGL_NVTX") or "0"
+    if asked not in ("0", "1"):
+        raise ConfigError(f"MINISGL_NVTX is {asked!r}; expected 1 for NVTX ranges, or 0")
+    if asked == "0":
+        return False
+    from torch.cuda import nvtx
+
+    try:
+        nvtx.mark("minisgl")  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        raise ConfigError("MINISGL_NVTX is set, but the installed torch has no NVTX; install a CUDA build") from None
+    set_span_hook(nvtx.range)
+    return True

@@ -33,13 +33,14 @@ def test_every_answer_is_as_documented(short: Server, options: list[str], tmp_pa
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{short.url}/openapi.json", *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "9 selected / 9 total" in done.stdout
+    assert "11 selected / 11 total" in done.stdout
     assert short.health().status_code == 200
 
 
 def test_document_has_every_route_and_schema(server: Server) -> None:
     document = httpx.get(f"{server.url}/openapi.json").json()
     posts = {path for path, methods in document["paths"].items() if "post" in methods}
-    assert posts == {"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/abort"}
+    profile = {"/profile/start", "/profile/stop"}
+    assert posts == {"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/abort"} | profile
     refused = document["paths"]["/abort"]["post"]["responses"]["4XX"]["content"]["application/json"]["schema"]
     assert refused["$ref"].rpartition("/")[2] in document["components"]["schemas"]

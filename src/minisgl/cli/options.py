@@ -69,6 +69,9 @@ SERVER_OPTIONS = {
     "sampling_defaults": Option(
         "--sampling-defaults", "for what a request doesn't say: the model's, or neutral", choices=SAMPLING_DEFAULTS
     ),
+    "profile": Option(
+        "--profile", "allow POST /profile/start and /profile/stop, whose traces go there", metavar="FOLDER"
+    ),
 }
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisgl import __version__
@@ -14,6 +15,7 @@ from minisgl.cli import options
 from minisgl.config import EngineConfig
 
 if TYPE_CHECKING:
+    from minisgl.server.capture import Recorder
     from minisgl.server.service import Service
 
 HELP = "Serve a model over HTTP, with the OpenAI API."
@@ -45,9 +47,19 @@ def run(args: argparse.Namespace) -> None:
             host, port = listener.getsockname()[:2]
             print(_welcome(service, f"http://{f'[{host}]' if ':' in host else host}:{port}"), flush=True)
 
-        with EngineProcess(replace(engine, model=str(path))) as process:
+        maker, recorder = _profiled(server.profile)
+        with EngineProcess(replace(engine, model=str(path)), **maker) as process:
             name = server.served_model_name or engine.model
-            serve(process, lambda: load_text(path), server, name, listener, on_ready)
+            serve(process, lambda: load_text(path), server, name, listener, on_ready, recorder)
+
+
+def _profiled(folder: str | None) -> tuple[dict[str, str], Recorder | None]:
+    """What makes an engine that can be captured, and what captures the server; neither without a folder for traces."""
+    if folder is None:
+        return {}, None
+    from minisgl.profiling.capture import ServerRecorder
+
+    return {"engine": "minisgl.profiling.served:make_engine"}, ServerRecorder(Path(folder))
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

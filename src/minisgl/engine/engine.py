@@ -21,7 +21,8 @@ from minisgl.hardware import detect
 from minisgl.messages import EngineStats, TokenOutput
 from minisgl.models import load_model
 from minisgl.models.hub import resolve_model
-from minisgl.timing import span
+from minisgl.models.spans import add_spans
+from minisgl.timing import span, use_nvtx
 from minisgl.types import FinishReason, ModelError, Request, RequestError, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,8 @@ class Engine:
         )
         if config.device == "cuda" and config.cuda_graph and self.runner.attention.capturable and self.model.capturable:
             self.runner.capture(min(config.max_running, config.cuda_graph_max_batch or config.max_running))
+        if use_nvtx():
+            add_spans(self.model, self.runner.attention)
         self.lag = 1 if config.overlap else 0
         self.vocab_size = model.vocab_size
         self.max_total_tokens = self.scheduler.max_total_tokens

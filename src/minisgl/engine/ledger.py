@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minisgl.cache.prefix import PrefixCache
+from minisgl.timing import span
 from minisgl.types import Request
 
 
@@ -64,11 +65,13 @@ class PageLedger:
         else:
             tokens = np.frombuffer(request.tokens, np.int32)
             limit = 0 if request.params.prompt_logprobs else len(tokens) - 1
-            hit = self.cache.match_length(tokens, limit) // self.page_size
+            with span("radix match"):
+                hit = self.cache.match_length(tokens, limit) // self.page_size
             if self._available() < needed - hit + watermark:
                 return False  # cheap: nothing was touched
-            match = self.cache.match(tokens, limit)
-            self.cache.lock(match.node)
+            with span("radix match"):
+                match = self.cache.match(tokens, limit)
+                self.cache.lock(match.node)
             if self._available() < needed - hit + watermark:  # what it matched can't be evicted for it any more
                 self.cache.unlock(match.node)
                 return False
@@ -88,9 +91,10 @@ class PageLedger:
         """Hands the first `num_pages` pages to the tree and locks them; the number it had before is returned."""
         assert self.cache is not None
         tokens = np.frombuffer(request.tokens, np.int32)[: num_pages * self.page_size]
-        node, existing = self.cache.insert(tokens, np.array(request.pages[:num_pages], np.int32))
-        self.cache.lock(node)
-        self.cache.unlock(request.node)
+        with span("radix insert"):
+            node, existing = self.cache.insert(tokens, np.array(request.pages[:num_pages], np.int32))
+            self.cache.lock(node)
+            self.cache.unlock(request.node)
         request.node = node
         return existing
 

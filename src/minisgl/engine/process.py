@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +30,7 @@ import zmq
 
 from minisgl import messages
 from minisgl.config import EngineConfig
+from minisgl.timing import span
 from minisgl.types import FinishReason, MinisglError, RequestError, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -130,11 +131,17 @@ def _run(engine: EngineLike, commands: zmq.Socket[bytes], outputs: zmq.Socket[by
         received = _drain(commands)
         if received is None:
             return
-        results = [refusal for c in received if (refusal := _apply(engine, c)) is not None]
-        results += engine.step()
+        for command in received:
+            if isinstance(command, messages.Profile):
+                outputs.send(messages.encode(_profile(engine, command)))
+        with span("apply"):
+            results = [refusal for c in received if (refusal := _apply(engine, c)) is not None]
+        with span("step"):
+            results += engine.step()
         before, stats = stats, engine.stats()
         if results or stats != before:
-            outputs.send(messages.encode(messages.StepOutputs(results, stats)))
+            with span("send" if results else "send state"):
+                outputs.send(messages.encode(messages.StepOutputs(results, stats)))
 
 
 def _wait(commands: zmq.Socket[bytes], parent_pid: int) -> None:
@@ -169,6 +176,14 @@ def _apply(engine: EngineLike, command: messages.Command) -> messages.TokenOutpu
         case messages.AbortRequest():
             engine.abort(command.id)
     return None
+
+
+def _profile(engine: EngineLike, command: messages.Profile) -> messages.Profiled:
+    """Starts or ends a capture, by an engine that was made for it (see `profiling.served`)."""
+    capture: Callable[[str | None], messages.Profiled] | None = getattr(engine, "profile", None)
+    if capture is None:
+        return messages.Profiled(error="this engine wasn't started for profiling")
+    return capture(command.folder)
 
 
 class EngineProcess:

@@ -24,6 +24,7 @@ class PackedStack:
         sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim)
         embedding = _native(model.embed_tokens.weight)
         self.model = model
+        self.marks: Tensor | None = None  # [9 layers + 3] int64: a step notes when it began and each operator ended
         # What is left to torch is little, and its idle threads would spin where ours work.
         torch.set_num_threads(1)
         self.native = native.Decoder(sizes, c.norm_eps, embedding, model.norm.weight.data_ptr())
@@ -61,6 +62,7 @@ class PackedStack:
             pool.v.data_ptr(),
             pool.k.stride(0),
             out.data_ptr(),
+            address(self.marks),
         )
         return out
 

@@ -16,6 +16,7 @@ from minisgl.server.formats import ChatFormat, CompletionFormat
 from minisgl.server.jobs import Job
 from minisgl.server.responses import Answer, PromptTokensDetails, Usage
 from minisgl.server.stream import Stream, merge
+from minisgl.timing import span
 from minisgl.types import MinisglError, TextDelta
 
 
@@ -68,7 +69,9 @@ class GenerationResponse(Response):
         async for index, delta in stream:
             self._last[index] = delta
             for choice in self._format.chunks(index, delta):
-                yield encoder.encode(self._answer(self._format.chunk_object, [choice], usage))
+                with span("encode"):
+                    event = encoder.encode(self._answer(self._format.chunk_object, [choice], usage))
+                yield event
         if self._job.include_usage:
             yield encoder.encode(self._answer(self._format.chunk_object, [], self._usage()))
         yield b"[DONE]"

@@ -10,15 +10,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from minisgl.server import jobs, protocol
+from minisgl.server import capture, jobs, protocol
 from minisgl.server.answer import GenerationResponse
 from minisgl.server.errors import ErrorBody, install_handlers, json_response
 from minisgl.server.formats import ChatFormat, CompletionFormat
 from minisgl.server.gate import Gate
-from minisgl.server.responses import Aborted, Answer, Detokenized, Health, ModelCard, ModelList, Tokens
+from minisgl.server.responses import Aborted, Answer, Detokenized, Health, ModelCard, ModelList, Profile, Tokens
 from minisgl.server.service import Service
 
-_TYPES = (Aborted, Answer, Detokenized, ErrorBody, Health, ModelCard, ModelList, Tokens)
+_TYPES = (Aborted, Answer, Detokenized, ErrorBody, Health, ModelCard, ModelList, Profile, Tokens)
 _SCHEMAS, _COMPONENTS = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
 
 
@@ -82,6 +82,21 @@ async def detokenize(body: protocol.DetokenizeRequest, request: Request) -> Resp
 async def abort(body: protocol.AbortRequest, request: Request) -> Response:
     """Ends an answer under way; what there is of it goes to its client, with the finish reason abort."""
     return json_response(Aborted(_service(request).backend().client.abort(body.request_id)))
+
+
+@router.post("/profile/start", responses=_answers(Profile))
+async def profile_start(request: Request) -> Response:
+    """Begins a capture of where time goes, in the server and the engine; for a server started with --profile."""
+    service = _service(request)
+    await capture.start(service.capture, service.backend().client)
+    return json_response(Profile(True))
+
+
+@router.post("/profile/stop", responses=_answers(Profile))
+async def profile_stop(request: Request) -> Response:
+    """Ends the capture, and writes it as a trace that Perfetto and Chrome load."""
+    service = _service(request)
+    return json_response(Profile(False, await capture.stop(service.capture, service.backend().client)))
 
 
 @router.get("/v1/models", responses=_answers(ModelList))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from minisgl import messages
 from minisgl.server.metrics import Metrics
 from minisgl.server.stream import Stream
 from minisgl.text.output import OutputProcessor
+from minisgl.timing import span
 from minisgl.types import EngineDeadError, FinishReason, MinisglError, OverloadedError, RequestError, SamplingParams
 
 LAST_WORDS_S = 0.2  # what an engine said before it died arrives within this time
@@ -60,6 +62,7 @@ class AsyncEngineClient:
         self._open: dict[str, _Sequence] = {}  # by the id that the engine knows
         self._outbox: list[messages.Command] = []
         self._failure: MinisglError | None = None
+        self._captures: deque[asyncio.Future[messages.Profiled]] = deque()  # asked of the engine, in order
         self.ready: asyncio.Future[messages.EngineReady] = asyncio.get_running_loop().create_future()
         self.stats = messages.EngineStats()
         self.metrics = Metrics(lambda: self.stats)
@@ -118,11 +121,25 @@ class AsyncEngineClient:
             self._abort(sequence)
         return len(ids)
 
+    async def profile(self, folder: str | None) -> messages.Profiled:
+        """Has the engine begin a capture of spans, or with None end it; its answer.
+
+        Raises:
+            EngineDeadError: the engine has ended.
+        """
+        self._admit(0)
+        answer: asyncio.Future[messages.Profiled] = asyncio.get_running_loop().create_future()
+        self._captures.append(answer)
+        self._push(messages.Profile(folder))
+        return await asyncio.shield(answer)  # the answer comes, whether or not somebody still waits
+
     def fail(self, error: MinisglError) -> None:
         """Ends every stream with `error` and lets no new one in."""
         self._failure = self._failure or error
         for sequence in self._open.values():
             sequence.stream.fail(error)
+        while self._captures:
+            self._captures.popleft().set_result(messages.Profiled(error=str(error)))
 
     async def run(self) -> None:
         """Delivers outputs until the engine ends, which it raises.
@@ -175,7 +192,8 @@ class AsyncEngineClient:
 
     def _flush(self) -> None:
         commands, self._outbox = self._outbox, []
-        self._send(messages.encode(messages.Commands(commands)))
+        with span("send to engine"):
+            self._send(messages.encode(messages.Commands(commands)))
 
     def _send(self, message: bytes) -> None:
         if not self._commands.closed:
@@ -189,6 +207,9 @@ class AsyncEngineClient:
                     self.ready.set_result(message)
                 case messages.StepOutputs():
                     self._deliver(message)
+                case messages.Profiled():
+                    if self._captures:
+                        self._captures.popleft().set_result(message)
                 case messages.EngineFailed():
                     raise EngineDeadError(message.error)
 
@@ -202,7 +223,8 @@ class AsyncEngineClient:
 
     def _deliver(self, step: messages.StepOutputs) -> None:
         self.stats = step.stats
-        deltas, stopped = self._processor.process(step.outputs)
+        with span("detokenize"):
+            deltas, stopped = self._processor.process(step.outputs)
         for sequence in stopped:
             self._push(messages.FinishRequest(sequence))
         for delta in deltas:

@@ -14,6 +14,7 @@ from minisgl.server.errors import HttpError
 from minisgl.server.responses import Detokenized, Tokens
 from minisgl.server.service import Backend, Service
 from minisgl.text import Text
+from minisgl.timing import span
 from minisgl.types import RequestError, SamplingParams
 
 
@@ -68,7 +69,7 @@ async def completion_job(service: Service, body: protocol.CompletionRequest) -> 
         if body.echo:
             given = await asyncio.to_thread(_decode, text, given, job.params.skip_special_tokens)
     else:
-        prompts = await asyncio.to_thread(text.require_tokenizer().encode_batch, given)
+        prompts = await asyncio.to_thread(_encode_texts, text, given)
         job = _with_prompts(job, prompts, "prompt")
     return replace(job, echo=given) if body.echo else job
 
@@ -127,13 +128,20 @@ def _backend(service: Service, model: str | None) -> Backend:
     return backend
 
 
+def _encode_texts(text: Text, prompts: list[str]) -> list[list[int]]:
+    with span("tokenize"):
+        return text.require_tokenizer().encode_batch(prompts)
+
+
 def _encode(text: Text, body: protocol.ChatCompletionRequest | protocol.TokenizeRequest) -> list[int]:
     prompt, special = getattr(body, "prompt", None), getattr(body, "add_special_tokens", None)
     if body.messages is not None:
-        messages = [m.for_template() for m in body.messages]
-        prompt = text.require_chat_template().render(messages, **body.template_options())
+        with span("render template"):
+            messages = [m.for_template() for m in body.messages]
+            prompt = text.require_chat_template().render(messages, **body.template_options())
         special = bool(special)  # the template has written them
-    return text.require_tokenizer().encode(prompt or "", special is not False)
+    with span("tokenize"):
+        return text.require_tokenizer().encode(prompt or "", special is not False)
 
 
 def _decode(text: Text, prompts: list[list[int]], skip_special_tokens: bool) -> list[str]:

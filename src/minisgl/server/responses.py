@@ -109,6 +109,13 @@ class Aborted(msgspec.Struct):
     aborted: int
 
 
+class Profile(msgspec.Struct, omit_defaults=True):
+    """`capturing` from here on, or not any more: then `path` is the trace that was written, on the server's machine."""
+
+    capturing: bool
+    path: str | None = None
+
+
 class Health(msgspec.Struct, omit_defaults=True):
     """`status` is ok, starting, stopping or failed; the counts are those after the engine's last step."""
 

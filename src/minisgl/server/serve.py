@@ -17,6 +17,7 @@ import uvicorn
 
 from minisgl.config import ServerConfig
 from minisgl.server.app import create_app
+from minisgl.server.capture import Capture, Recorder
 from minisgl.server.client import AsyncEngineClient, EngineHandle
 from minisgl.server.gate import Connection
 from minisgl.server.service import Backend, Service
@@ -61,6 +62,7 @@ def serve(
     model_name: str,
     listener: socket.socket,
     on_ready: Callable[[Service], None],
+    recorder: Recorder | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT; the first one lets answers under way end, a second one ends at once.
 
@@ -68,6 +70,7 @@ def serve(
         engine: a process just started; told to shut down on the way out.
         load_text: reads the text side of the model; runs in a thread while the engine loads its own.
         on_ready: called once, when requests are served.
+        recorder: for `/profile/start` and `/profile/stop`, which without one are refused.
 
     Raises:
         MinisglError: the model can't be loaded, or the engine died.
@@ -76,7 +79,8 @@ def serve(
         listener.listen()
     with suppress(ValueError, OSError):  # every client takes a file descriptor; the usual 1,024 are soon gone
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    asyncio.run(_Life(engine, load_text, Service(config, model_name), on_ready).run(listener))
+    service = Service(config, model_name, capture=Capture(recorder) if recorder is not None else None)
+    asyncio.run(_Life(engine, load_text, service, on_ready).run(listener))
 
 
 class _HttpServer(uvicorn.Server):

@@ -8,6 +8,7 @@ import msgspec
 
 from minisgl.config import ServerConfig
 from minisgl.messages import EngineReady
+from minisgl.server.capture import Capture
 from minisgl.server.client import AsyncEngineClient
 from minisgl.server.errors import HttpError
 from minisgl.server.responses import Health
@@ -33,6 +34,7 @@ class Service:
     status: str = "starting"
     error: str | None = None
     loaded: Backend | None = None
+    capture: Capture | None = None  # for /profile/start and /profile/stop, where they are on
 
     def start(self, backend: Backend) -> None:
         """From here on requests are served."""
