@@ -92,9 +92,10 @@ void paged_attention(Address q, std::ptrdiff_t q_stride, Address out, Address ke
 }
 
 void sample_tokens(Address logits, std::ptrdiff_t stride, int num_rows, int vocab_size, Address temperature,
-                   Address seeds, Address output_index, Address out) {
+                   Address seeds, Address output_index, int first, Address out, Address best) {
     sample({at<const float>(logits), stride, num_rows, vocab_size, at<const float>(temperature),
-            at<const std::int64_t>(seeds), at<const std::int32_t>(output_index), at<std::int64_t>(out)});
+            at<const std::int64_t>(seeds), at<const std::int32_t>(output_index), first, at<std::int64_t>(out),
+            at<float>(best)});
 }
 
 std::vector<std::string> available() {

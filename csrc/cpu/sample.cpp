@@ -44,11 +44,13 @@ Best most_likely(const float* logits, int first, int last) {
     return best;
 }
 
-// The noise is at most -log(u), which the leading zeros of its bits bound: few tokens need its logarithms.
-Best draw(const float* logits, float temperature, std::uint64_t seed, std::uint32_t index, int first, int last) {
+// `block` is the noise's at i = 0. Noise is at most -log(u), which the leading zeros of its bits bound: few tokens need
+// its logarithms.
+Best draw(const float* logits, float temperature, std::uint64_t seed, std::uint32_t index, std::uint32_t block,
+          int first, int last) {
     Best best;
     for (int i = first; i < last; i += 4) {
-        const auto bits = philox(seed, static_cast<std::uint32_t>(i / 4), index);
+        const auto bits = philox(seed, block + static_cast<std::uint32_t>(i / 4), index);
         for (int k = 0; k < std::min(4, last - i); ++k) {
             const float value = logits[i + k] / temperature;
             if (value + 0.694f * static_cast<float>(std::countl_zero(bits[k]) + 1) < best.value) continue;
@@ -69,11 +71,13 @@ void sample(const Sampling& s) {
         const float *logits = s.logits + row * s.stride, temperature = s.temperature[row];
         parts[i] = temperature == 0 ? most_likely(logits, first, last)
                                     : draw(logits, temperature, static_cast<std::uint64_t>(s.seeds[row]),
-                                           static_cast<std::uint32_t>(s.output_index[row]), first, last);
+                                           static_cast<std::uint32_t>(s.output_index[row]), s.first / 4, first, last);
     });
     for (int row = 0; row < s.num_rows; ++row) {
         const auto from = parts.begin() + row * num_parts;
-        s.out[row] = std::max_element(from, from + num_parts, [](Best a, Best b) { return a.value < b.value; })->token;
+        const Best best = *std::max_element(from, from + num_parts, [](Best a, Best b) { return a.value < b.value; });
+        s.out[row] = s.first + best.token;
+        if (s.best != nullptr) s.best[row] = best.value;
     }
 }
 

@@ -14,7 +14,9 @@ struct Sampling {
     const float* temperature;  // [R]; 0: the most likely token
     const std::int64_t* seeds;
     const std::int32_t* output_index;
+    int first;  // id of the first logit, a multiple of 4
     std::int64_t* out;
+    float* best;  // [R], what each token was chosen by; or null
 };
 
 void sample(const Sampling& s);

@@ -100,7 +100,9 @@ def cpu_sample(
     temperature: int,
     seeds: int,
     output_index: int,
+    first: int,
     out: int,
+    best: int,
     /,
 ) -> None: ...
 def cpu_threads() -> int: ...

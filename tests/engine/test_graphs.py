@@ -70,6 +70,7 @@ def _driver(
     folder: Path, overlap: bool, page_size: int, max_batch: int = 8, **options: Any
 ) -> tuple[Driver, list[int]]:
     """A driver whose decodes go through uncaptured steps, and the sizes of the batches that did."""
+    options["attention"] = "torch_sdpa"  # layers that ask the backend
     driver = Driver(folder, overlap=overlap, page_size=page_size, **options)
     runner = driver.engine.runner
     runner.attention = DeviceOnly()

@@ -10,6 +10,7 @@ import torch
 from minisgl.engine.sampler import RowState, SampledTokens, filter_logits, sample
 from minisgl.engine.state import RowParams, param_words
 from minisgl.kernels.sample.noise import gumbel_noise, philox
+from minisgl.models.sharding import VocabRange
 from minisgl.types import Request, SamplingParams
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ class Row:
     """A request's state as the sampler wants it."""
 
     def __init__(self, request: Request, seed: int) -> None:
-        self.state = RowState(request, VOCAB, CPU)
+        self.state = RowState(request, VocabRange(VOCAB), CPU)
         self.edit, self.append = self.state.edit, self.state.append
         words = param_words(request, seed if request.params.seed is None else request.params.seed)
         self.words = torch.from_numpy(words)
@@ -28,7 +29,7 @@ class Row:
 
 def draw(logits: torch.Tensor, rows: list[Row], index: list[int]) -> SampledTokens:
     params = RowParams(torch.stack([r.words for r in rows]))
-    return sample(logits, [r.state for r in rows], params, torch.tensor(index), index)
+    return sample(logits, [r.state for r in rows], params, torch.tensor(index), index, VocabRange(VOCAB))
 
 
 def row(prompt: list[int] | None = None, output: list[int] | None = None, seed: int = 0, **params: object) -> Row:

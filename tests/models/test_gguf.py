@@ -8,26 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_files import BACK, Tensors, to_pairs, write
 from loop import Loop
 
 from minisgl.models import CausalLM, load_model
-from minisgl.models.gguf import NAMES
 from minisgl.types import ModelError
 
 Checkpoint = Callable[[str], tuple[Path, Any]]
-Tensors = dict[str, np.ndarray]
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
-BACK = {theirs: ours for ours, theirs in NAMES.items()}
-
-
-def to_pairs(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of each head from halves to rotary pairs."""
-    shape = rows.shape
-    return rows.reshape(-1, 2, head_dim // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
 
 
 def to_gguf(oracle: Any, architecture: str) -> Tensors:
@@ -69,24 +60,6 @@ def metadata(oracle: Any, architecture: str) -> dict[str, Any]:
         own |= {"expert_count": c.num_experts, "expert_used_count": c.num_experts_per_tok}
         own["expert_feed_forward_length"] = c.moe_intermediate_size
     return own
-
-
-def write(path: Path, architecture: str, values: dict[str, Any], tensors: Tensors, kind: str = "F32") -> None:
-    """A GGUF file; matrices are quantised to `kind` where their rows divide into its blocks."""
-    writer = gguf.GGUFWriter(str(path), architecture)
-    for key, value in values.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(f"{architecture}.{key}", value)
-    quant = gguf.GGMLQuantizationType[kind]
-    block = gguf.GGML_QUANT_SIZES[quant][0]
-    for name, tensor in tensors.items():
-        whole = tensor.ndim > 1 and tensor.shape[-1] % block == 0 and kind != "F32"
-        data = gguf.quantize(np.ascontiguousarray(tensor), quant) if whole else np.ascontiguousarray(tensor)
-        writer.add_tensor(name, data, raw_dtype=quant if whole else None)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture(autouse=True)

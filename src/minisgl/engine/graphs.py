@@ -61,7 +61,8 @@ class DecodeStep:
 
     def sample(self, logits: Tensor) -> None:
         """Samples `tokens`, and makes them the rows' last ones."""
-        self.tokens.copy_(gumbel_argmax(logits, RowParams(self.inputs.params), self.inputs.output_index))
+        inputs = self.inputs
+        self.tokens.copy_(gumbel_argmax(logits, RowParams(inputs.params), inputs.output_index, self.model.vocab))
         self.state.last_token.index_copy_(0, self.words[0].long(), self.tokens.to(torch.int32))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 
 from minisgl.engine.scheduler import ScheduledBatch
+from minisgl.engine.vocab_parallel import token_logprobs
+from minisgl.models import CausalLM
 from minisgl.types import Request, TokenLogprob
 
 CHUNK = 256  # rows whose logits exist at the same time
@@ -41,13 +42,13 @@ def prompt_rows(batch: ScheduledBatch) -> list[PromptRows]:
 def read_prompts(
     prompts: list[PromptRows],
     hidden: Tensor,
-    head: Callable[[Tensor], Tensor],
+    model: CausalLM,
     results: dict[str, list[TokenLogprob]],
 ) -> None:
     """Adds to `results`, by request id. Waits for the device: nobody scores prompts at a decode's pace.
 
     Args:
-        hidden: [sum of the prompts' N, hidden_size]. head: from hidden states to logits.
+        hidden: [sum of the prompts' N, hidden_size].
     """
     for part, states in zip(prompts, hidden.split([p.rows.size for p in prompts]), strict=True):  # type: ignore[no-untyped-call]
         entries = [] if part.start == 0 else results[part.request.id]
@@ -55,8 +56,8 @@ def read_prompts(
         num_top = part.request.params.top_logprobs
         for at in range(0, part.targets.size, CHUNK):
             targets = part.targets[at : at + CHUNK]
-            logprobs = head(states[at : at + CHUNK]).float().log_softmax(-1)
-            own = logprobs.gather(1, torch.from_numpy(targets).long().to(logprobs.device)[:, None])[:, 0].tolist()
-            values, ids = (x.tolist() for x in logprobs.topk(num_top, dim=-1))
+            tokens = torch.from_numpy(targets).long().to(hidden.device)
+            found = token_logprobs(model.logits(states[at : at + CHUNK]), tokens, num_top, model.vocab)
+            own, values, ids = (x.tolist() for x in found)
             for token, value, top_ids, top_values in zip(targets.tolist(), own, ids, values, strict=True):
                 entries.append(TokenLogprob(token, value, tuple(zip(top_ids, top_values, strict=True))))

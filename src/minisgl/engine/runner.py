@@ -93,7 +93,7 @@ class ModelRunner:
         lines = []
         for request in requests:
             seed = request.params.seed if request.params.seed is not None else hash((self.seed, request.arrival))
-            self.states[request.row] = RowState(request, self.model.config.vocab_size, self.device)
+            self.states[request.row] = RowState(request, self.model.vocab, self.device)
             self.rows.admit(request)
             self._unsampled.add(request.row)
             lines.append(param_words(request, seed))
@@ -136,7 +136,7 @@ class ModelRunner:
             hidden = self.model.hidden(forward)
             logits = self.model.logits(hidden[: len(handle.requests)])
         if prompts:
-            read_prompts(prompts, hidden[len(handle.requests) :], self.model.logits, self.prompt_logprobs)
+            read_prompts(prompts, hidden[len(handle.requests) :], self.model, self.prompt_logprobs)
         if handle.requests:
             with span("sample"):
                 if len(handle.requests) < len(batch.requests):
@@ -149,7 +149,7 @@ class ModelRunner:
     def _sample(self, handle: StepHandle, logits: Tensor, rows: Tensor, params: RowParams, index: Tensor) -> None:
         states = [self.states[r.row] for r in handle.requests]
         index_host = [i for i, s in zip(handle.batch.output_index, handle.batch.samples, strict=True) if s]
-        sampled = sample(logits, states, params, index, index_host)
+        sampled = sample(logits, states, params, index, index_host, self.model.vocab)
         self.rows.last_token.index_copy_(0, rows.long(), sampled.tokens.to(torch.int32))
         self._unsampled.difference_update(r.row for r in handle.requests)
         if sampled.logprob_rows:

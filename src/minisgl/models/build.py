@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minisgl.distributed import TPGroup
 from minisgl.kernels.cpu import PackedMatrix, PackedRows
 from minisgl.models.config import ModelConfig
+from minisgl.models.sharding import VocabRange
 
 Weight: TypeAlias = nn.Parameter | PackedMatrix  # of a matrix product
 
@@ -53,13 +54,16 @@ class Build:
         """The weight of a matrix product, without values yet."""
         return PackedMatrix(rows, columns) if self.packed else self.empty(rows, columns)
 
+    @property
+    def vocab(self) -> VocabRange:
+        """This rank's token ids."""
+        return VocabRange(self.config.vocab_size, self.tp)
+
     def kv_heads(self) -> tuple[int, int]:
         """Number and first of this rank's key-value heads; ranks share one where there are fewer heads than ranks."""
         total, tp = self.config.num_kv_heads, self.tp
-        if total < tp.size and tp.size % total == 0:
-            return 1, tp.rank * total // tp.size
-        count = tp.shard(total, "key-value heads")
-        return count, tp.rank * count
+        count = max(1, total // tp.size)
+        return count, tp.rank * total // tp.size
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ class CausalLM(nn.Module):
         super().__init__()
         config = build.config
         self.config: ModelConfig = config
+        self.vocab = build.vocab
         self.num_kv_heads_per_rank = build.kv_heads()[0]
         self.embed_tokens = VocabTable(build)
         self.layers = nn.ModuleList(
@@ -85,7 +86,7 @@ class CausalLM(nn.Module):
         `batch.attention.prepare(batch)` comes before.
 
         Returns:
-            Logits [R, vocab_size] in the weights' dtype, of the rows `batch.logits_indices`.
+            Logits [R, vocab_size] in the weights' dtype, of the rows `batch.logits_indices`; see `logits`.
         """
         return self.logits(self.hidden(batch))
 
@@ -103,5 +104,5 @@ class CausalLM(nn.Module):
         return self.norm(x.index_select(0, rows), residual.index_select(0, rows))[0]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head: [R, hidden_size] → [R, vocab_size]."""
+        """The head: [R, hidden_size] → [R, vocab_size]; where ranks share the vocabulary, those of `vocab`'s rows."""
         return self.lm_head.logits(hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -154,17 +155,52 @@ def put(place: Place, path: str, tensor: GGUFTensor, pairs_of: int | None) -> No
     Args:
         pairs_of: the size of heads whose rows lie as rotary pairs, None if they don't.
     """
-    target = place.target
-    in_blocks = isinstance(target, PackedRows) and tensor.type in GGUF_FORMATS
-    rows = torch.from_numpy(np.array(_bytes(path, tensor)) if in_blocks else dequantise(path, tensor))
+    if place.size == 0:  # a rank whose range of the vocabulary lies beyond its end
+        return
+    target, part = place.target, _blocks(path, tensor, place)
+    in_blocks = isinstance(target, PackedRows) and tensor.type in GGUF_FORMATS and part.whole
+    rows = torch.from_numpy(np.array(part.data) if in_blocks else part.values())
     if pairs_of is not None:
         rows = _split_pairs(rows, pairs_of)
     if not isinstance(target, PackedRows):
-        place.put(rows[place.slices()])
+        place.put(rows)
     elif in_blocks:
         target.put(tensor.type.lower(), rows)
-    else:  # half precision is far finer than the blocks that these values come from
-        target.copy_(rows if tensor.type in ("F32", "F16", "BF16") else rows.half())
+    else:  # half precision is far finer than the blocks that these values come from, unless those are packed elsewhere
+        exact = tensor.type in ("F32", "F16", "BF16", *GGUF_FORMATS)
+        target.copy_(rows if exact else rows.half())
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Rows of a tensor as the blocks that hold some of its columns."""
+
+    path: str
+    tensor: GGUFTensor
+    data: np.ndarray  # uint8 [rows, bytes], in the file
+    columns: slice | None  # of the values in these blocks; None: the tensor is a vector
+
+    whole: bool  # the blocks hold these columns and no others
+
+    def values(self) -> np.ndarray:
+        """float32 [rows, columns], or [rows] of a vector."""
+        values = _dequantise(self.path, self.tensor, self.data)
+        return np.require(values[:, 0] if self.columns is None else values[:, self.columns], np.float32, ["C", "W"])
+
+
+def _blocks(path: str, tensor: GGUFTensor, place: Place) -> _Blocks:
+    """The part of a tensor that goes to `place`: nothing else is read, but for what shares a block with it."""
+    import gguf
+
+    data, (rows, *columns) = _bytes(path, tensor), place.slices()
+    if not columns:
+        return _Blocks(path, tensor, data[rows], None, True)
+    size, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.type]]
+    start, stop, _ = columns[0].indices(tensor.shape[1])
+    first, last = start // size, -(-stop // size)
+    data = data[rows, first * num_bytes : last * num_bytes]
+    inside = slice(start - first * size, stop - first * size)
+    return _Blocks(path, tensor, data, inside, start % size == stop % size == 0)
 
 
 def _bytes(path: str, tensor: GGUFTensor) -> np.ndarray:
@@ -197,15 +233,20 @@ def _translate(name: str) -> str:
 
 def dequantise(path: str, tensor: GGUFTensor) -> np.ndarray:
     """The values of a tensor of the file at `path`: float32 in the tensor's shape."""
+    return _dequantise(path, tensor, _bytes(path, tensor)).reshape(tensor.shape)
+
+
+def _dequantise(path: str, tensor: GGUFTensor, data: np.ndarray) -> np.ndarray:
+    """The values [rows, …] of blocks [rows, bytes] of a tensor."""
     import gguf
 
     try:
-        values = gguf.dequantize(_bytes(path, tensor).reshape(-1), gguf.GGMLQuantizationType[tensor.type])
+        values: np.ndarray = gguf.dequantize(data, gguf.GGMLQuantizationType[tensor.type])
     except NotImplementedError as e:
         raise ModelError(f"tensor {tensor.name} is of type {tensor.type}, which the gguf package can't read") from e
     except ValueError as e:
         raise ModelError(f"{path}: tensor {tensor.name} can't be read: {e}") from e
-    return np.require(values.reshape(tensor.shape), np.float32, "W")
+    return values
 
 
 def _split_pairs(rows: torch.Tensor, head_dim: int) -> torch.Tensor:

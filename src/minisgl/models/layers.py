@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minisgl.attention.base import ForwardBatch
+from minisgl.distributed import TPGroup
 from minisgl.kernels.cpu import PackedMatrix
 from minisgl.models.build import Build, Place, Weight
 from minisgl.models.rotary import Rotation
@@ -73,6 +74,12 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return weight.linear(x, bias) if isinstance(weight, PackedMatrix) else F.linear(x, weight, bias)
 
 
+def summand(tp: TPGroup, x: Tensor, width: int) -> Tensor:
+    """Memory [T, width] for a rank's part of a sum over the ranks, such that adding it up needs no copy if possible."""
+    out = tp.workspace((x.shape[0], width), x.dtype)
+    return x.new_empty(x.shape[0], width) if out is None else out
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One projection in a merged weight: its name and rows in the checkpoint, and this rank's range of them."""
@@ -119,8 +126,13 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.tp.size == 1:
             return linear(x, self.weight, self.bias)
-        out = self.tp.all_reduce(linear(x, self.weight))
+        out = self.tp.all_reduce(self._product(x))
         return out if self.bias is None else out + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
+        if isinstance(self.weight, PackedMatrix):
+            return self.weight.linear(x)
+        return torch.mm(x, self.weight.t(), out=summand(self.tp, x, self.weight.shape[0]))
 
     def places(self, path: str) -> Iterator[tuple[str, Place]]:
         out_size, size = self.weight.shape
@@ -132,47 +144,51 @@ class RowLinear(nn.Module):
 class VocabTable(nn.Module):
     """A row a token id: the embedding, the head, or both where a model ties them.
 
-    Ranks hold equal ranges of ids; the last range ends in rows of zeros where the vocabulary doesn't divide.
+    Ranks hold equal ranges of ids; rows of zeros fill them up where the vocabulary doesn't divide.
     """
 
     def __init__(self, build: Build) -> None:
         super().__init__()
-        self.tp, self.vocab_size, self.fused = build.tp, build.config.vocab_size, build.fused
-        self.rows = -(-self.vocab_size // build.tp.size)
-        self.start = build.tp.rank * self.rows
-        self.size = max(0, min(self.rows, self.vocab_size - self.start))  # rows that are ids
-        self.weight = build.weight(self.rows, build.config.hidden_size)
-        if self.size < self.rows:
-            self.weight[self.size :].copy_(torch.zeros(self.rows - self.size, self.weight.shape[1]))
+        self.vocab, self.fused = build.vocab, build.fused
+        rows, size = self.vocab.rows, self.vocab.size
+        self.weight = build.weight(rows, build.config.hidden_size)
+        if size < rows:
+            self.weight[size:].copy_(torch.zeros(rows - size, self.weight.shape[1]))
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [T] → their rows [T, hidden_size]."""
-        if isinstance(self.weight, PackedMatrix):
-            return self.weight.embed(ids)
+        """Token ids [T] → their rows [T, hidden_size]; each rank looks up its own, and the sum has them all."""
+        vocab, weight = self.vocab, self.weight
         if self.fused:
-            return self._embed_fused(ids, self.weight)
-        if self.tp.size == 1:
-            return F.embedding(ids, self.weight)
-        local = ids - self.start
-        mine = (local >= 0) & (local < self.rows)
-        rows = F.embedding(local.clamp(0, self.rows - 1), self.weight) * mine.unsqueeze(-1)
-        return self.tp.all_reduce(rows)
+            assert isinstance(weight, Tensor)
+            return vocab.tp.all_reduce(self._embed_fused(ids, weight))
+        if vocab.whole:
+            return self._embed(ids)
+        places = vocab.local(ids)
+        rows = self._embed(places.clamp(max=vocab.rows - 1))
+        return vocab.tp.all_reduce(rows.masked_fill_((places == vocab.rows).unsqueeze(-1), 0))
+
+    def _embed(self, places: Tensor) -> Tensor:
+        return self.weight.embed(places) if isinstance(self.weight, PackedMatrix) else F.embedding(places, self.weight)
 
     def _embed_fused(self, ids: Tensor, weight: Tensor) -> Tensor:
         from minisgl.kernels.index.op import index
 
         rows = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype, device=ids.device)
-        index(rows, weight, ids, self.start, self.size)
-        return self.tp.all_reduce(rows)
+        index(rows, weight, ids, self.vocab.start, self.vocab.size)
+        return rows
 
     def logits(self, x: Tensor) -> Tensor:
-        """Hidden states [R, hidden_size] → logits [R, vocab_size], the same on every rank."""
-        logits = self.tp.all_gather(linear(x, self.weight))
-        return logits[:, : self.vocab_size]
+        """Hidden states [R, hidden_size] → logits [R, rows] of this rank's ids, -inf where a row stands for none."""
+        logits = linear(x, self.weight)
+        if self.vocab.size < self.vocab.rows:
+            logits[:, self.vocab.size :] = float("-inf")
+        return logits
 
     def places(self, path: str) -> Iterator[tuple[str, Place]]:
-        shape = (self.vocab_size, self.weight.shape[1])
-        yield f"{path}.weight", Place(self.weight[: self.size], shape, 0, self.start, self.size)
+        vocab = self.vocab
+        shape = (vocab.vocab_size, self.weight.shape[1])
+        start = min(vocab.start, vocab.vocab_size)
+        yield f"{path}.weight", Place(self.weight[: vocab.size], shape, 0, start, vocab.size)
 
 
 class Attention(nn.Module):

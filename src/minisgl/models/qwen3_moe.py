@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from minisgl.models.build import Build, Place
 from minisgl.models.config import MoEConfig, Values
-from minisgl.models.layers import MLP
+from minisgl.models.layers import MLP, summand
 from minisgl.models.qwen3 import Qwen3
 
 
@@ -89,7 +89,7 @@ class MixtureOfExperts(nn.Module):
     def _forward_fused(self, x: Tensor) -> Tensor:
         from minisgl.kernels.moe.op import moe
 
-        config, experts, out = self.gate.moe, self.experts, torch.empty_like(x)
+        config, experts, out = self.gate.moe, self.experts, summand(self.tp, x, x.shape[1])
         choice = config.num_experts_per_token, config.normalise
         moe(x, self.gate.logits(x), experts.gate_up, experts.down, out, *choice)
         return self.tp.all_reduce(out)

@@ -24,6 +24,7 @@ from minisgl.models.llama import Llama, Mistral
 from minisgl.models.qwen2 import Qwen2
 from minisgl.models.qwen3 import Qwen3
 from minisgl.models.qwen3_moe import Qwen3MoE
+from minisgl.models.sharding import check_tp_size
 from minisgl.types import ModelError
 
 log = logging.getLogger(__name__)
@@ -77,20 +78,22 @@ def load_model(
 
     Args:
         dtype: of the weights and activations, whatever the file holds.
-        dummy: random weights, the same for the same `seed` and device; only the configuration is read.
+        dummy: random weights, the same for the same `seed` and device, however many ranks share them; only the
+            configuration is read.
         fused: on a GPU, the project's CUDA kernels between the matrix products; they need cuda-core.
-        packed: keep the weights as the CPU kernels want them, where these serve: the CPU, float32, one rank.
+        packed: keep the weights as the CPU kernels want them, where these serve: the CPU and float32.
         progress: whether to show a bar on standard error while weights load.
 
     Raises:
         ModelError: what is at `path` can't be read or isn't supported.
         ConfigError: the model can't be split over `tp`'s ranks.
     """
-    config = read_config(path)
-    packed = packed and device.type == "cpu" and dtype == torch.float32 and (tp is None or tp.size == 1)
+    config, tp = read_config(path), tp or TPGroup()
+    check_tp_size(config, tp.size)
+    packed = packed and device.type == "cpu" and dtype == torch.float32
     if packed:
         choose_kernels()
-    model = FAMILIES[config.family](Build(config, dtype, device, tp or TPGroup(), packed, fused))
+    model = FAMILIES[config.family](Build(config, dtype, device, tp, packed, fused))
     if fused and not heads_fit(config.head_dim):
         log.warning("fused kernels are off: heads of %d don't fit; expected a multiple of 8 up to 256", config.head_dim)
     if dummy:
@@ -99,6 +102,6 @@ def load_model(
         gguf.load(model, read_gguf(path), progress)
     else:
         weights.load(model, path, progress)
-    if packed and config.moe is None:
+    if packed and config.moe is None and tp.size == 1:
         model.stack = PackedStack(model)
     return model

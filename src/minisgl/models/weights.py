@@ -105,9 +105,13 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 def fill_randomly(model: nn.Module, seed: int) -> None:
-    """Small normal weights, norms of 1; drawn on the model's device, the same for the same seed and kind of device."""
+    """Small normal weights, norms of 1; drawn on the model's device, the same for the same seed and kind of device.
+
+    Whole tensors are drawn, one at a time, so that a rank's slices are those of the model in one piece.
+    """
     places = model_places(model)
     generator = torch.Generator(next(iter(places.values())).target.device).manual_seed(seed)
     for name, place in places.items():
-        values = torch.ones(place.target.shape, dtype=place.target.dtype, device=generator.device)
-        place.put(values if "norm" in name else values.normal_(0.0, 0.02, generator=generator))
+        values = torch.ones(place.shape, dtype=place.target.dtype, device=generator.device)
+        values = values if "norm" in name else values.normal_(0.0, 0.02, generator=generator)
+        place.put(values[place.slices()])

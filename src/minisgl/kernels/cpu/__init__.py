@@ -98,18 +98,28 @@ def paged_attention(
     return out
 
 
-def sample_tokens(logits: Tensor, temperature: Tensor, seeds: Tensor, output_index: Tensor) -> Tensor:
+def sample_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    output_index: Tensor,
+    first: int = 0,
+    best: Tensor | None = None,
+) -> Tensor:
     """A token a row [R] int64, the most likely at temperature 0, else drawn with `sample.noise.gumbel_noise`.
 
     Args:
         logits: [R, V] float32. temperature: [R] float32. seeds: [R] int64. output_index: [R] integers.
+        first: the id of the first logit, a multiple of 4. best: [R] float32, gets what each token was chosen by.
     """
     rows, vocab_size = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     temperature, seeds, output_index = temperature.contiguous(), seeds.contiguous(), output_index.int().contiguous()
     out = torch.empty(rows, dtype=torch.int64)
     params = temperature.data_ptr(), seeds.data_ptr(), output_index.data_ptr()
-    native.cpu_sample(logits.data_ptr(), logits.stride(0), rows, vocab_size, *params, out.data_ptr())
+    native.cpu_sample(
+        logits.data_ptr(), logits.stride(0), rows, vocab_size, *params, first, out.data_ptr(), address(best)
+    )
     return out
 
 

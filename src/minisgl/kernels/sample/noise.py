@@ -37,16 +37,17 @@ def philox(seed: Tensor, *counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return x0, x1, x2, x3
 
 
-def gumbel_noise(seeds: Tensor, output_index: Tensor, vocab_size: int) -> Tensor:
+def gumbel_noise(seeds: Tensor, output_index: Tensor, vocab_size: int, first: int = 0) -> Tensor:
     """Standard Gumbel noise for every token: argmax(logits + noise) samples from softmax(logits).
 
     Args:
         seeds: [R] int64. output_index: [R] int64, which output token of its request each row is.
+        vocab_size, first: how many ids, and the first of them, a multiple of 4.
 
     Returns:
         [R, vocab_size] float32.
     """
-    blocks = torch.arange(-(-vocab_size // 4), dtype=torch.int64, device=seeds.device)
+    blocks = torch.arange(first // 4, (first + vocab_size + 3) // 4, dtype=torch.int64, device=seeds.device)
     words = philox(seeds[:, None], blocks[None, :], output_index[:, None])
     bits = torch.stack(words, dim=-1).flatten(1)[:, :vocab_size]
     # -log(-log(1 - u)): small u, where float32 is fine-grained, makes the large noise that decides

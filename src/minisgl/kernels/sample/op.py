@@ -6,15 +6,26 @@ import torch
 from torch import Tensor
 
 from minisgl.kernels import check
+from minisgl.types import KernelError
 
 
-def sample_tokens(logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, out: Tensor) -> None:
+def sample_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    index: Tensor,
+    out: Tensor,
+    first: int = 0,
+    best: Tensor | None = None,
+) -> None:
     """Chooses `out[r]`: the most likely token at temperature 0, else one drawn with `noise.gumbel_noise`.
 
     Args:
         logits: [R, V] float32, bfloat16 or float16; rows contiguous.
         temperature: [R] float32, of any stride. seeds: [R] int64. index: [R] int32, which output token each row is.
         out: [R] int64.
+        first: the id of the first logit (under tensor parallelism each rank holds a range of ids), a multiple of 4.
+        best: [R] float32, gets what each token was chosen by: its logit, or logit / t + noise.
 
     Raises:
         KernelError: an argument of the wrong shape, dtype, layout or device; it names the argument.
@@ -29,8 +40,15 @@ def sample_tokens(logits: Tensor, temperature: Tensor, seeds: Tensor, index: Ten
         check.dtype(name, x, (dtype,))
     for name in ("seeds", "index", "out"):
         check.contiguous(name, arguments[name])
+    if best is not None:
+        arguments["best"] = best
+        check.shape("best", best, (rows,))
+        check.dtype("best", best, (torch.float32,))
+        check.contiguous("best", best)
     check.cuda(logits=logits, **arguments)
+    if first % 4:
+        raise KernelError(f"first is {first}; expected a multiple of 4, the ids that share a draw")
     if rows:
         from minisgl.kernels.sample import triton_v1
 
-        triton_v1.run(logits, temperature, seeds, index, out)
+        triton_v1.run(logits, temperature, seeds, index, out, first, best)

@@ -15,9 +15,9 @@ BLOCK = 4096
 
 
 @triton.jit
-def _noise(seed, index, block, BLOCK: tl.constexpr):
-    """Gumbel noise of BLOCK tokens, as `engine.noise` defines it: word i % 4 of Philox(seed, (i // 4, index))."""
-    counter = (block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+def _noise(seed, index, first, BLOCK: tl.constexpr):
+    """Gumbel noise of BLOCK ids from `first` on, as in `noise.py`: word i % 4 of Philox(seed, (i // 4, index))."""
+    counter = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = counter * 0
     w0, w1, w2, w3 = tl.philox(seed, counter, zero + index.to(tl.uint32), zero, zero)
     bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
@@ -29,30 +29,45 @@ def _noise(seed, index, block, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sample_blocks(
-    logits, stride, temperature, seeds, index, best, place, num_blocks, vocab, param_stride, BLOCK: tl.constexpr
+    logits,
+    stride,
+    temperature,
+    seeds,
+    index,
+    best,
+    place,
+    num_blocks,
+    vocab,
+    param_stride,
+    first,
+    BLOCK: tl.constexpr,
 ):
     row, block = tl.program_id(0), tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row.to(tl.int64) * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
     t = tl.load(temperature + row * param_stride)
     if t > 0:
-        x = x / t + _noise(tl.load(seeds + row), tl.load(index + row), block, BLOCK)
+        x = x / t + _noise(tl.load(seeds + row), tl.load(index + row), first + block * BLOCK, BLOCK)
         x = tl.where(token < vocab, x, float("-inf"))
     value, offset = tl.max(x, 0, return_indices=True)
     tl.store(best + row * num_blocks + block, value)
-    tl.store(place + row * num_blocks + block, block * BLOCK + offset)
+    tl.store(place + row * num_blocks + block, first + block * BLOCK + offset)
 
 
 @triton.jit
-def _best_block(best, place, out, num_blocks, BLOCKS: tl.constexpr):
+def _best_block(best, place, out, chosen_by, num_blocks, BLOCKS: tl.constexpr):
     row = tl.program_id(0)
     block = tl.arange(0, BLOCKS)
     value = tl.load(best + row * num_blocks + block, mask=block < num_blocks, other=float("-inf"))
     chosen = tl.argmax(value, 0)
     tl.store(out + row, tl.load(place + row * num_blocks + chosen).to(tl.int64))
+    if chosen_by is not None:
+        tl.store(chosen_by + row, tl.max(value, 0))
 
 
-def run(logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, out: Tensor) -> None:
+def run(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, out: Tensor, first: int, chosen_by: Tensor | None
+) -> None:
     """As `sample_tokens`."""
     rows, vocab = logits.shape
     blocks = triton.cdiv(vocab, BLOCK)
@@ -69,6 +84,7 @@ def run(logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, out: 
         blocks,
         vocab,
         temperature.stride(0),
+        first,
         BLOCK=BLOCK,
     )
-    _best_block[(rows,)](best, place, out, blocks, BLOCKS=triton.next_power_of_2(blocks))
+    _best_block[(rows,)](best, place, out, chosen_by, blocks, BLOCKS=triton.next_power_of_2(blocks))

@@ -1,0 +1,97 @@
+"""What the ranks of `test_models.py` do. With a group of one, the same gives what they are compared with."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from loop import Loop
+from torch import Tensor
+
+from minisgl.attention import make_attention
+from minisgl.config import EngineConfig
+from minisgl.distributed import TPGroup
+from minisgl.engine.engine import Engine
+from minisgl.engine.sampler import RowState, sample
+from minisgl.engine.state import RowParams, param_words
+from minisgl.kernels import cpu
+from minisgl.messages import TokenOutput
+from minisgl.models import load_model
+from minisgl.models.sharding import VocabRange
+from minisgl.types import Request, SamplingParams, TokenLogprob
+
+CPU = torch.device("cpu")
+Answer = tuple[list[int], list[TokenLogprob], list[TokenLogprob]]  # tokens, their logprobs, the prompt's
+
+
+@torch.inference_mode()
+def logits(group: TPGroup, paths: Sequence[Path], ids: list[int], packed: bool = False) -> list[np.ndarray]:
+    """Logits [T, vocab_size] of a prompt in chunks, for each model."""
+    found = []
+    for path in paths:
+        model = load_model(path, torch.float32, CPU, group, progress=False, packed=packed)
+        loop = Loop(model)
+        if packed:
+            loop.attention = make_attention("cpu")
+        found.append(group.all_gather(loop.logits(ids, chunk=17))[:, : model.vocab.vocab_size].numpy())
+    return found
+
+
+def answers(
+    group: TPGroup, paths: Sequence[Path], requests: list[tuple[list[int], SamplingParams]], options: dict[str, Any]
+) -> list[tuple[list[Answer], int, int]]:
+    """Of an engine for each model, which serves all requests at once; times it preempted, and prompt tokens cached."""
+    return [_serve(Engine(EngineConfig(str(path), device="cpu", **options), group), requests) for path in paths]
+
+
+def _serve(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> tuple[list[Answer], int, int]:
+    found: dict[str, Answer] = {str(i): ([], [], []) for i in range(len(requests))}
+    for id, (prompt, params) in zip(found, requests, strict=True):
+        engine.add(id, array("i", prompt), params.resolve({}, ()))
+    while engine.has_work:
+        for output in engine.step():
+            _take(found[output.id], output)
+        engine.scheduler.check_integrity()
+    stats = engine.stats()
+    return list(found.values()), stats.preemptions, stats.cached_tokens
+
+
+def _take(answer: Answer, output: TokenOutput) -> None:
+    assert output.error is None
+    answer[0].extend(output.tokens)
+    answer[1].extend(output.logprobs)
+    answer[2].extend(output.prompt_logprobs)
+
+
+def draws(group: TPGroup, logits: np.ndarray, requests: list[SamplingParams], native: bool) -> list[Any]:
+    """Three tokens a row for `logits` [R, V], of which each rank sees its own ids alone; logprobs beside them.
+
+    Args:
+        native: by the C++ kernel, where there is one.
+    """
+    available, cpu.available = cpu.available, cpu.available if native else lambda: False  # type: ignore[assignment]
+    try:
+        return _draws(group, torch.from_numpy(logits), requests)
+    finally:
+        cpu.available = available  # type: ignore[assignment]
+
+
+def _draws(group: TPGroup, logits: Tensor, requests: list[SamplingParams]) -> list[Any]:
+    vocab = VocabRange(logits.shape[1], group)
+    own = torch.full((logits.shape[0], vocab.rows), float("-inf"))
+    own[:, : vocab.size] = logits[:, vocab.start : vocab.start + vocab.size]
+    made = [Request(str(i), array("i", [3, 50, 50, 100]), p.resolve({}, ())) for i, p in enumerate(requests)]
+    states = [RowState(request, vocab, CPU) for request in made]
+    params = RowParams(torch.stack([torch.from_numpy(param_words(r, 40 + i)) for i, r in enumerate(made)]))
+    found: list[Any] = []
+    for index in range(3):
+        before = own.clone()
+        out = sample(own, states, params, torch.full((len(made),), index), [index] * len(made), vocab)
+        assert torch.equal(own, before)
+        more = (out.logprobs, out.top_ids, out.top_logprobs)
+        found.append((out.tokens.tolist(), *(None if x is None else x.tolist() for x in more)))
+    return found
