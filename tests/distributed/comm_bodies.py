@@ -117,7 +117,7 @@ def bytes_across(group: TPGroup) -> None:
     assert gather_bytes(comm, b"r" * group.rank) == [b"r" * rank for rank in range(group.size)]
 
 
-def agreement(group: TPGroup, cache: str, start: int, fresh: bool) -> tuple[str, int]:
+def agreement(group: TPGroup, cache: str, start: int) -> tuple[str, int]:
     """What start number `start` of ranks with a cache agrees on, and how often this rank measured.
 
     Ranks that measure find times that depend on rank and start, so a rank that goes its own way is seen.
@@ -130,7 +130,7 @@ def agreement(group: TPGroup, cache: str, start: int, fresh: bool) -> tuple[str,
         return {"direct": {1024: 1.0 + group.rank + 10 * start}}
 
     assert isinstance(group.backend, TorchCommunicator)
-    table = agreed_table(group.backend, group.rank, machine, measure, fresh)
+    table = agreed_table(group.backend, group.rank, machine, measure)
     return table.to_json(), len(measured)
 
 

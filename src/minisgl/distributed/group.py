@@ -83,7 +83,7 @@ class TPGroup:
         if not rendezvous.is_dir():
             raise ConfigError(f"the ranks' meeting place {rendezvous} is no folder; create it before the ranks start")
         with _typed("connect", rank, size):
-            return cls(rank, size, _communicator(rank, size, device, rendezvous, timeout_s))
+            return cls(rank, size, communicator(rank, size, device, rendezvous, timeout_s))
 
     def shard(self, total: int, what: str) -> int:
         """This rank's share of `total` units of `what`; every rank has the same.
@@ -156,7 +156,8 @@ class TPGroup:
             self.backend.close()
 
 
-def _communicator(rank: int, size: int, device: torch.device, rendezvous: Path, timeout_s: float) -> Communicator:
+def communicator(rank: int, size: int, device: torch.device, rendezvous: Path, timeout_s: float) -> Communicator:
+    """What `TPGroup.connect` puts into a group; also for a group of one, which has no need of it but to be measured."""
     from minisgl.distributed import torch_comm
 
     if device.type not in ("cpu", "cuda"):

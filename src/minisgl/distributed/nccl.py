@@ -32,15 +32,12 @@ class NcclCommunicator:
     Args:
         host: collectives between the ranks' hosts; it carries tensors on the CPU too, and is closed with this.
         store: where torch's symmetric memory meets.
-        fresh: measure the paths even if the times of this machine are known.
 
     Raises:
         RuntimeError: NCCL refused.
     """
 
-    def __init__(
-        self, rank: int, size: int, device: torch.device, host: TorchCommunicator, store: Store, fresh: bool = False
-    ) -> None:
+    def __init__(self, rank: int, size: int, device: torch.device, host: TorchCommunicator, store: Store) -> None:
         import nccl.core as nccl
         from nccl.bindings.nccl import NCCLError
 
@@ -49,12 +46,16 @@ class NcclCommunicator:
         unique = broadcast_bytes(host, bytes(nccl.get_unique_id()) if rank == 0 else b"")
         self._comm: Any = self._try(nccl.Communicator.init, size, rank, nccl.UniqueId.from_bytes(unique))
         self._sum: Any = nccl.SUM
-        self.reduce = AllReduce(self._direct)
-        self._register(nccl)
-        self._map_symmetric(store)
+        self.reduce, self.machine = AllReduce(self._direct), self._machine()
+        self.start_s: dict[str, float] = {}  # seconds that the parts of the start took
+        self._timed("register", lambda: self._register(nccl))
+        self._timed("map", lambda: self._map_symmetric(store))
+        self._timed("settle", self._settle)
+
+    def _timed(self, part: str, call: Callable[[], None]) -> None:
         began = time.perf_counter()
-        self.reduce.table = agreed_table(host, rank, self._machine(), lambda: measure(self.reduce, device), fresh)
-        self.agreeing_s = time.perf_counter() - began  # what start-up spent on the choice of paths
+        call()
+        self.start_s[part] = time.perf_counter() - began
 
     def _register(self, nccl: Any) -> None:
         """Registers NCCL's buffer, where NCCL and the links know symmetric windows."""
@@ -76,6 +77,10 @@ class NcclCommunicator:
             self.reduce.add("two_shot", found.two_shot, found.bytes)
             self.reduce.paths["one_shot"] = found.one_shot
 
+    def _settle(self) -> None:
+        """Which way all-reduces go from now on."""
+        self.reduce.table = agreed_table(self.host, self.rank, self.machine, lambda: measure(self.reduce, self.device))
+
     def _all(self, flag: bool) -> bool:
         """Whether `flag` is true on every rank."""
         flags = torch.tensor([int(flag)])
@@ -95,7 +100,10 @@ class NcclCommunicator:
     def all_gather(self, x: Tensor) -> Tensor:
         if not x.is_cuda:
             return self.host.all_gather(x)
-        out = x.new_empty((self.size, *x.shape))
+        return self.all_gather_into(x.new_empty((self.size, *x.shape)), x)
+
+    def all_gather_into(self, out: Tensor, x: Tensor) -> Tensor:
+        """`x` of every rank into `out` [size, ...]; without a copy where both lie in the window, `x` at its own row."""
         if x.numel():
             self._try(self._comm.allgather, x, out, stream=_stream())
         return out

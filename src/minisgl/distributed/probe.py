@@ -17,11 +17,9 @@ _LONG = 4 << 20  # bytes from which one call in a graph is long enough to time
 Times = Mapping[str, Mapping[int, float]]  # path → bytes → microseconds
 
 
-def agreed_table(
-    host: TorchCommunicator, rank: int, machine: Machine, measure: Callable[[], Times], fresh: bool
-) -> PathTable:
-    """Rank 0's table on every rank: what it kept of an earlier start, unless `fresh`, else what all measure now."""
-    known = load_table(machine) if rank == 0 and not fresh else None
+def agreed_table(host: TorchCommunicator, rank: int, machine: Machine, measure: Callable[[], Times]) -> PathTable:
+    """Rank 0's table on every rank: what it kept of an earlier start, else what all measure now."""
+    known = load_table(machine) if rank == 0 else None
     text = broadcast_bytes(host, known.to_json().encode() if known else b"")
     if not text:
         table = PathTable(machine, measure())
