@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ def logits(group: TPGroup, paths: Sequence[Path], ids: list[int], packed: bool =
     """Logits [T, vocab_size] of a prompt in chunks, for each model."""
     found = []
     for path in paths:
+        os.environ.setdefault("MINISGL_CACHE", str(path.parent / "cache"))
         model = load_model(path, torch.float32, CPU, group, progress=False, packed=packed)
         loop = Loop(model)
         if packed:
@@ -95,3 +97,7 @@ def _draws(group: TPGroup, logits: Tensor, requests: list[SamplingParams]) -> li
         more = (out.logprobs, out.top_ids, out.top_logprobs)
         found.append((out.tokens.tolist(), *(None if x is None else x.tolist() for x in more)))
     return found
+
+
+def all_draws(group: TPGroup, cases: list[tuple[np.ndarray, list[SamplingParams]]], native: bool) -> list[list[Any]]:
+    return [draws(group, *case, native) for case in cases]

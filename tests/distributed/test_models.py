@@ -14,12 +14,18 @@ from checkpoints import ARCHITECTURES, CONFIGS, VOCAB, write_folder, write_gguf
 from worlds import run_world
 
 from minisgl.distributed import TPGroup
+from minisgl.kernels import cpu
 from minisgl.types import SamplingParams
 
 ONE = TPGroup()
 KINDS = ("F16", "Q8_0", "Q4_1")  # of GGUF files
 IDS = [(11 * i + 3) % VOCAB for i in range(40)]
 EXPECTED = json.loads((Path(__file__).parent.parent / "expected" / "smollm2.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MINISGL_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +99,25 @@ def test_ranks_give_the_tokens_of_one(models: list[Path], size: int, families: l
         for (ours, *counts), (one, *their_counts) in zip(rank, expected, strict=True):
             check_answers(ours, one)
             assert counts == their_counts
+
+
+needs_extension = pytest.mark.skipif(not cpu.available(), reason="needs the C++ extension")
+
+
+@needs_extension
+@pytest.mark.parametrize("size", [2, 8])
+def test_ranks_with_packed_weights_give_the_logits_of_one(models: list[Path], size: int) -> None:
+    """Blocks of GGUF stay packed where a slice has whole ones; the layers run one by one, and one rank's in C++."""
+    expected = bodies.logits(ONE, models, IDS, True)
+    for path, ours, one in zip(models, run_world(size, bodies.logits, models, IDS, True)[0], expected, strict=True):
+        assert error(ours, one) < 1e-5, path
+
+
+@needs_extension
+def test_smollm2_on_three_ranks_keeps_its_greedy_tokens(smollm2: Path) -> None:
+    """9 attention heads and 3 key-value heads; what transformers answers."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+    requests = [(case["prompt_token_ids"], greedy) for case in EXPECTED["cases"]]
+    expected = [case["output_token_ids"] for case in EXPECTED["cases"]]
+    for rank in run_world(3, bodies.answers, [smollm2], requests, {"num_pages": 200, "max_running": 8}):
+        assert [tokens for tokens, *_ in rank[0][0]] == expected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf_files import BACK, Tensors, to_pairs, write
+from gguf_files import Tensors, metadata, to_gguf, write
 from loop import Loop
 
 from minisgl.models import CausalLM, load_model
@@ -19,47 +18,6 @@ from minisgl.types import ModelError
 
 Checkpoint = Callable[[str], tuple[Path, Any]]
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
-
-
-def to_gguf(oracle: Any, architecture: str) -> Tensors:
-    """The oracle's weights under GGUF's names and in its order."""
-    config, out, experts = oracle.config, {}, {}
-    for name, tensor in oracle.state_dict().items():
-        values = tensor.numpy()
-        layer, stem, kind = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+?)(?:\.(weight|bias))?", name).groups()  # type: ignore[union-attr]
-        if architecture == "llama" and stem in ("self_attn.q_proj", "self_attn.k_proj"):
-            values = to_pairs(values, config.head_dim)
-        if stem == "mlp.experts.gate_up_proj":
-            inner = config.moe_intermediate_size
-            experts[f"blk.{layer}.ffn_gate_exps.weight"] = values[:, :inner]
-            experts[f"blk.{layer}.ffn_up_exps.weight"] = values[:, inner:]
-        elif stem == "mlp.experts.down_proj":
-            experts[f"blk.{layer}.ffn_down_exps.weight"] = values
-        else:
-            out[(f"blk.{layer}." if layer else "") + f"{BACK[stem]}.{kind}"] = values
-    if config.tie_word_embeddings:
-        out.pop("output.weight")
-    return out | experts
-
-
-def metadata(oracle: Any, architecture: str) -> dict[str, Any]:
-    c = oracle.config
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    own = {
-        "block_count": c.num_hidden_layers,
-        "context_length": c.max_position_embeddings,
-        "embedding_length": c.hidden_size,
-        "feed_forward_length": c.intermediate_size,
-        "attention.head_count": c.num_attention_heads,
-        "attention.head_count_kv": c.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
-        "attention.key_length": head_dim,
-        "rope.freq_base": c.rope_parameters["rope_theta"],
-    }
-    if architecture == "qwen3moe":
-        own |= {"expert_count": c.num_experts, "expert_used_count": c.num_experts_per_tok}
-        own["expert_feed_forward_length"] = c.moe_intermediate_size
-    return own
 
 
 @pytest.fixture(autouse=True)
