@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,92 +21,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from minisgl.attention import make_attention
-from minisgl.attention.base import AttentionBackend, ForwardBatch
-from minisgl.cache.pool import KVPool
+from minisgl.attention.base import ForwardBatch
+from minisgl.profiling.attention import MODELS, Workload, decodes, layer_calls, prefills
 from minisgl.profiling.replay import replay_us
 
-COLD_BYTES = 256 << 20
-MODELS = {"qwen3-0.6b": (16, 8, 128), "qwen3-8b": (32, 8, 128), "smollm2-135m": (9, 3, 64)}  # heads, KV heads, head_dim
+DECODES = ((1, 672), (8, 672), (32, 672), (128, 672), (256, 672), (1, 4096))  # batch, context
+PREFILLS = ((32, 512, 0), (8, 2048, 0), (4, 4000, 0), (1, 2048, 2048), (8, 256, 2048))  # sequences, tokens, cached
 
 
-@dataclass(frozen=True)
-class Workload:
-    """One step's attention."""
-
-    name: str
-    heads: int
-    kv_heads: int
-    dim: int
-    lens: tuple[int, ...]
-    counts: tuple[int, ...]
-    page_size: int = 16
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def layer_bytes(self) -> int:
-        """Keys and values that are read, with queries and outputs."""
-        kv = 2 * sum(self.lens) * self.kv_heads * self.dim
-        return (kv + 2 * sum(self.counts) * self.heads * self.dim) * self.dtype.itemsize
-
-    @property
-    def flops(self) -> int:
-        """Of the two matrix products, over the keys that causality leaves."""
-        pairs = sum(c * (n - c) + c * (c + 1) // 2 for n, c in zip(self.lens, self.counts, strict=True))
-        return 4 * pairs * self.heads * self.dim
-
-    def batch(self, backend: AttentionBackend) -> ForwardBatch:
-        """Random keys and values on pages in random order, in as many layers as exceed the L2 cache."""
-        needed = [-(-n // self.page_size) for n in self.lens]
-        layers = min(max(-(-COLD_BYTES // self.layer_bytes), 2), 128)
-        pool = KVPool(layers, self.kv_heads, self.dim, self.page_size, sum(needed), self.dtype, "cuda")
-        pool.k.normal_()
-        pool.v.normal_()
-        pages = np.random.default_rng(0).permutation(sum(needed)).astype(np.int32)
-        table = np.zeros((len(needed), max(needed)), np.int32)
-        for row, chunk in zip(table, np.split(pages, np.cumsum(needed)[:-1]), strict=True):
-            row[: len(chunk)] = chunk
-        ids = torch.zeros(sum(self.counts), dtype=torch.int32, device="cuda")
-        batch = ForwardBatch(
-            input_ids=ids,
-            positions=ids,
-            slots=ids.long(),
-            page_table=torch.from_numpy(table).cuda(),
-            seq_lens=torch.tensor(self.lens, dtype=torch.int32, device="cuda"),
-            query_starts=torch.tensor([0, *np.cumsum(self.counts)], dtype=torch.int32, device="cuda"),
-            logits_indices=ids.long(),
-            num_decodes=sum(c == 1 for c in self.counts),
-            seq_lens_host=np.array(self.lens, np.int32),
-            query_lens_host=np.array(self.counts, np.int32),
-            pool=pool,
-            attention=backend,
-        )
-        backend.prepare(batch)
-        return batch
-
-    def queries(self) -> Tensor:
-        return torch.randn(sum(self.counts), self.heads, self.dim, dtype=self.dtype, device="cuda")
-
-
-def decodes(model: str) -> Iterator[Workload]:
-    """Batches at the context of the engine's benchmark, long ones, and ragged ones of the same mean."""
-    for batch, context in ((1, 672), (8, 672), (32, 672), (128, 672), (256, 672), (1, 4096)):
-        yield Workload(f"decode {batch} x {context}", *MODELS[model], (context,) * batch, (1,) * batch)
+def workloads(model: str) -> Iterator[Workload]:
+    """Batches at the context of the engine's benchmark, long ones, and ragged ones of the same mean; prefills."""
+    yield from decodes(model, DECODES)
     ragged = tuple(np.random.default_rng(0).integers(100, 1245, 256).tolist())
     yield Workload("decode 256 x 100..1244", *MODELS[model], ragged, (1,) * 256)
-
-
-def prefills(model: str) -> Iterator[Workload]:
-    for count, tokens, prefix in ((32, 512, 0), (8, 2048, 0), (4, 4000, 0), (1, 2048, 2048), (8, 256, 2048)):
-        name = f"prefill {count} x {tokens}" + f" over {prefix}" * bool(prefix)
-        yield Workload(name, *MODELS[model], (prefix + tokens,) * count, (tokens,) * count)
-
-
-def triton_calls(work: Workload, batch: ForwardBatch) -> list[Callable[[], Tensor]]:
-    q, scale = work.queries(), work.dim**-0.5
-    return [
-        lambda layer=layer: batch.attention.forward(q, layer, batch, scale, None)  # type: ignore[misc]
-        for layer in range(batch.pool.num_layers)
-    ]
+    yield from prefills(model, PREFILLS)
 
 
 def gather(work: Workload, batch: ForwardBatch, layer: int) -> tuple[Tensor, Tensor]:
@@ -159,10 +86,10 @@ def measure(name: str, calls: list[Callable[[], Tensor]], work: Workload, bandwi
 
 def run_model(model: str, bandwidth: float) -> list[dict[str, Any]]:
     rows = []
-    for work in (*decodes(model), *prefills(model)):
+    for work in workloads(model):
         batch = work.batch(make_attention("triton"))
         prefill = batch.num_decodes == 0
-        rows.append(measure("triton", triton_calls(work, batch), work, None if prefill else bandwidth))
+        rows.append(measure("triton", layer_calls(work, batch), work, None if prefill else bandwidth))
         for name, call in torch_calls(work, batch).items() if prefill else ():
             try:
                 rows.append(measure(name, [call], work, None))

@@ -24,111 +24,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append_line, environment, memory_bandwidth, spread
+from common import append_line, environment, spread
 
 from minisgl.kernels import nvrtc
-from minisgl.kernels.nvrtc import Build
 from minisgl.kernels.spec import KernelSpec, Shape, registry
-from minisgl.kernels.tuning import Config, choose
-from minisgl.profiling.replay import cold_copies, replay_us, rotated_inputs
-
-MEGABYTE = 1 << 20
-
-
-def empty_us(pdl: bool) -> float:
-    """Microseconds of an empty kernel in a graph."""
-    source = str(Path(__file__).with_name("empty.cu").resolve())
-    run = nvrtc.prepare(Build.of(source, "empty"), 0, 1, 32, pdl)
-    return spread(replay_us([run] * 1000))["median"]
+from minisgl.profiling.ceilings import EMPTY, gpu_ceilings
+from minisgl.profiling.record import Record, new_record
+from minisgl.profiling.replay import cold_copies, rotated_inputs
+from minisgl.profiling.sweep import WARM_COPIES, Variant, library, measure, versions
 
 
-def l2_bandwidth(launch_us: float) -> float:
-    """Bytes per second, read and written, of a copy that stays in the L2 cache."""
-    source = torch.empty(8 * MEGABYTE, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (spread(replay_us([lambda: target.copy_(source)] * 200))["median"] - launch_us) * 1e6
-
-
-def measure_ceilings() -> dict[str, float]:
-    p = torch.cuda.get_device_properties(0)
-    launch = empty_us(pdl=False)
-    ceilings = {
-        "launch_us": launch,
-        "launch_pdl_us": empty_us(pdl=True),
-        "hbm_gbps": memory_bandwidth("cuda") / 1e9,
-        "l2_gbps": l2_bandwidth(launch) / 1e9,
-        # datasheet: 128 fused multiply-adds a clock and multiprocessor
-        "fp32_tflops": p.multi_processor_count * 128 * 2 * getattr(p, "clock_rate", 1_700_000) * 1e3 / 1e12,
-    }
-    print("ceilings: " + ", ".join(f"{name} {value:.2f}" for name, value in ceilings.items()))
-    return ceilings
-
-
-def variants(spec: KernelSpec, which: str) -> list[tuple[str, dict[str, Any]]]:
-    """Names and keyword arguments of what to run: the preferred version, or all, with and without dependent launch."""
-    if which == "best":
-        return [(spec.versions[0].name, {})]
-    runs: list[tuple[str, dict[str, Any]]] = []
-    for version in spec.versions:
-        runs.append((version.name, {"version": version.name}))
-    return [*runs, (f"{spec.versions[0].name} no pdl", {"pdl": False})]
-
-
-def bounds(num_bytes: int, flops: int, ceilings: dict[str, float], warm: bool) -> dict[str, float]:
-    """Microseconds that each limit of the hardware asks for."""
-    memory = ("L2", "l2_gbps") if warm else ("HBM", "hbm_gbps")
-    return {
-        "launch": ceilings["launch_pdl_us"],
-        memory[0]: num_bytes / ceilings[memory[1]] / 1e3,
-        "compute": flops / ceilings["fp32_tflops"] / 1e6,
-    }
-
-
-def plain_copies(num_bytes: int, copies: int) -> list[Callable[[], object]]:
-    """The practical floor: a pointwise kernel of torch reads and writes as many bytes, contiguous."""
-    size = (copies, max(num_bytes // 16, 1) * 4)
-    source, target = (
-        torch.ones(size, dtype=torch.bfloat16, device="cuda"),
-        torch.empty(size, dtype=torch.bfloat16, device="cuda"),
-    )
-    return [lambda i=i: torch.neg(source[i], out=target[i]) for i in range(copies)]
-
-
-def bench_shape(
-    spec: KernelSpec, shape: Shape, dtype: torch.dtype, which: str, ceilings: dict[str, float], copies: int
-) -> list[dict[str, Any]]:
-    """A row for torch and each variant, over `copies` sets of arguments in rotation."""
-    inputs = rotated_inputs(spec, shape, dtype, copies)
-    num_bytes, flops = spec.cost(shape, dtype)
-    warm = copies * num_bytes < torch.cuda.get_device_properties(0).L2_cache_size
-    limits = bounds(num_bytes, flops, ceilings, warm)
-    limit = max(limits, key=limits.__getitem__)
-    rows = []
-    for name, options in [("copy", {}), ("torch", {}), *variants(spec, which)]:
-        function: Callable[..., Any] = spec.library if name == "torch" else spec.run
-        if not options.pop("pdl", True):
-            tuned = choose(spec.name, 0, num_bytes)
-            options["config"] = Config(tuned.threads, tuned.work, pdl=False)
-        calls = [lambda a=a, f=function, o=options: f(*a, **o) for a in inputs]
-        us = spread(replay_us(plain_copies(num_bytes, copies) if name == "copy" else calls))
-        rows.append(
-            {
-                "kernel": spec.name,
-                "version": name,
-                "shape": shape,
-                "dtype": str(dtype).removeprefix("torch."),
-                "copies": copies,
-                "us": us,
-                "gbps": num_bytes / us["median"] / 1e3,
-                "limit": limit,
-                "fraction": limits[limit] / us["median"],
-            }
-        )
-    return rows
+def variants(spec: KernelSpec, shape: Shape, dtype: torch.dtype, which: str, record: Record) -> list[Variant]:
+    """torch's operator, then the preferred version, or all, with and without dependent launch."""
+    ours = versions(spec, shape, dtype, record, configs=False)
+    return [library(spec), *(ours[:1] if which == "best" else ours)]
 
 
 def show(row: dict[str, Any]) -> None:
-    us, size = row["us"], next(iter(row["shape"].values()))
+    us, size = row["us"], next(iter(row["case"].values()))
     print(
         f"{row['kernel']:12} {size:6} {row['version']:10} x{row['copies']:<5} {us['median']:9.2f} µs "
         f"({us['p10']:.2f}-{us['p90']:.2f}) {row['gbps']:7.0f} GB/s  {row['fraction']:4.0%} of {row['limit']}"
@@ -150,8 +63,7 @@ def host_us(call: Callable[[], object], calls: int = 200) -> dict[str, float]:
 def bench_host(specs: list[KernelSpec], dtype: torch.dtype) -> dict[str, Any]:
     """Host microseconds a launch: prepared, by the public function with its checks, by Triton, by torch."""
     out: dict[str, Any] = {}
-    source = str(Path(__file__).with_name("empty.cu").resolve())
-    out["prepared, no arguments"] = host_us(nvrtc.prepare(Build.of(source, "empty"), 0, 1, 32, True))
+    out["prepared, no arguments"] = host_us(nvrtc.prepare(EMPTY, 0, 1, 32, True))
     for spec in specs:
         args = rotated_inputs(spec, spec.bench[0], dtype, 1)[0]
         for version in spec.versions:
@@ -202,21 +114,27 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels.py measures CUDA kernels: torch sees no NVIDIA GPU")
     dtype = getattr(torch, args.dtype)
-    names = args.kernels.split(",") if args.kernels else list(registry())
+    names = args.kernels.split(",") if args.kernels else [s.name for s in registry().values() if s.on_gpu]
     if args.first_run:
         print(first_run(names, dtype))
         return
     specs = [registry()[name] for name in names]
-    record: dict[str, Any] = {"benchmark": "kernels", **environment("cuda"), "ceilings": measure_ceilings()}
+    ceilings = gpu_ceilings()
+    print("ceilings: " + ", ".join(f"{name} {value:.2f}" for name, value in ceilings.items()))
+    record: dict[str, Any] = {"benchmark": "kernels", **environment("cuda"), "ceilings": ceilings}
     if not args.no_host:
-        record |= {"host_us": bench_host(specs, dtype), "compile_s": bench_compile(names, args.dtype)}
+        record |= {
+            "host_us": bench_host(specs, dtype),
+            "compile_s": bench_compile([s.name for s in specs if s.kind == "cuda"], args.dtype),
+        }
     record["rows"] = []
     for spec in specs:
         for shape in spec.bench:
             if args.tokens and str(next(iter(shape.values()))) not in args.tokens.split(","):
                 continue
-            for copies in dict.fromkeys((cold_copies(spec, shape, dtype), 8)):
-                for row in bench_shape(spec, shape, dtype, args.versions, record["ceilings"], copies):
+            runs = variants(spec, shape, dtype, args.versions, new_record("kernels", quick=False))
+            for warm in (False, True) if cold_copies(spec, shape, dtype) != WARM_COPIES else (False,):
+                for row in measure(spec, shape, dtype, runs, ceilings, samples=15, warm=warm):
                     show(row)
                     record["rows"].append(row)
     if not args.no_save:

@@ -70,7 +70,7 @@ def test_cache_key_covers_all_that_matters(folder: Path, monkeypatch: pytest.Mon
     paths = [nvrtc.cache_path(Build.of("good.cu", "good", VALUE=1), "sm_90")]
     paths.append(nvrtc.cache_path(Build.of("good.cu", "good", VALUE=2), "sm_90"))
     paths.append(nvrtc.cache_path(Build.of("good.cu", "good", VALUE=1), "sm_80"))
-    monkeypatch.setattr(nvrtc, "_nvrtc_version", lambda: (99, 0))
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (99, 0))
     monkeypatch.setattr(nvrtc, "include_dir", lambda: folder)
     nvrtc._headers_digest.cache_clear()
     paths.append(nvrtc.cache_path(Build.of("good.cu", "good", VALUE=1), "sm_90"))

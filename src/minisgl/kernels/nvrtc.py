@@ -56,7 +56,7 @@ def capability(device: int) -> Capability:
 
 
 @cache
-def _nvrtc_version() -> tuple[int, int]:
+def nvrtc_version() -> tuple[int, int]:
     try:
         from cuda.bindings import nvrtc
 
@@ -85,7 +85,7 @@ def include_dir() -> Path:
     Raises:
         KernelError: no candidate has them; the error lists the folders tried.
     """
-    tried = list(_include_candidates(_nvrtc_version()[0]))
+    tried = list(_include_candidates(nvrtc_version()[0]))
     for folder in tried:
         if (folder / _CUDA_HEADERS[0]).is_file():
             return folder
@@ -107,7 +107,7 @@ def _flags(build: Build, arch: str) -> dict[str, Any]:
 
 def cache_path(build: Build, arch: str) -> Path:
     """Where the cubin is kept: its name covers source, headers, flags, architecture and compiler version."""
-    flags = repr((sorted(_flags(build, arch).items()), build.function, _nvrtc_version()))
+    flags = repr((sorted(_flags(build, arch).items()), build.function, nvrtc_version()))
     digest = hashlib.sha256((FOLDER / build.source).read_bytes() + _headers_digest() + flags.encode())
     return cache_dir() / "kernels" / f"{build.function}-{arch}-{digest.hexdigest()[:32]}.cubin"
 

@@ -35,6 +35,7 @@ class Version:
 
     `supports` returns None where the version works, else the reason why not. `prepare` settles everything but the
     tensors for a device, dtype and shape; `builds` are typical compilations, which CI makes for every architecture.
+    `fixed`: it ignores the configuration.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Version:
     supports: Callable[[Capability, torch.dtype, Shape], str | None]
     prepare: Callable[[int, torch.dtype, Shape, Config], Run]
     builds: tuple[Build, ...] = ()
+    fixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

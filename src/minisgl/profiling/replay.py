@@ -53,7 +53,9 @@ def cold_copies(spec: KernelSpec, shape: Shape, dtype: torch.dtype, most: int = 
     return min(max(-(-3 * hardware.l2_bytes // spec.cost(shape, dtype)[0]), 4), most)
 
 
-def rotated_inputs(spec: KernelSpec, shape: Shape, dtype: torch.dtype, copies: int) -> list[tuple[Any, ...]]:
-    """That many sets of random arguments on the GPU."""
-    device = torch.device("cuda")
+def rotated_inputs(
+    spec: KernelSpec, shape: Shape, dtype: torch.dtype, copies: int, device: torch.device | None = None
+) -> list[tuple[Any, ...]]:
+    """That many sets of random arguments, on the GPU unless `device` says otherwise."""
+    device = device or torch.device("cuda")
     return spec.inputs(shape, dtype, device, torch.Generator(device).manual_seed(0), copies)

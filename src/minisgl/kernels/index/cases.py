@@ -28,9 +28,10 @@ def _library(out: Tensor, table: Tensor, ids: Tensor, *_: Any) -> None:
 def _inputs(
     shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator, copies: int
 ) -> list[tuple[Any, ...]]:
+    """Random ids of a vocabulary, or of its first `distinct`, so that rows repeat."""
     tokens, width, vocab, pad = shape["tokens"], shape["width"], shape["vocab"], shape.get("pad", 0)
     table = torch.randn(vocab, width + pad, dtype=dtype, device=device, generator=generator)[:, :width]
-    ids = torch.randint(0, vocab, (copies, tokens), device=device, generator=generator)
+    ids = torch.randint(0, shape.get("distinct", vocab), (copies, tokens), device=device, generator=generator)
     ids = ids.to(torch.int64 if shape.get("id_bytes") == 8 else torch.int32)
     out = torch.empty(copies, tokens, width + pad, dtype=dtype, device=device)[..., :width]
     local = (shape["start"], shape["length"]) if "length" in shape else ()

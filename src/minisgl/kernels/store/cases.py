@@ -12,6 +12,9 @@ from minisgl.kernels.store.ladder import VERSIONS
 from minisgl.kernels.store.op import KERNEL, store
 from minisgl.kernels.tuning import Config
 
+ORDERS = ("random", "sequential", "sorted", "paged")  # paged: pages of 16 slots in random order, each in order
+PAGE = 16
+
 
 def _reference(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     valid = (slots >= 0) & (slots < k_cache.shape[0])
@@ -25,11 +28,19 @@ def _library(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tens
 
 
 def random_slots(shape: Shape, device: torch.device, generator: torch.Generator, copies: int) -> Tensor:
-    """[copies, T] slots, distinct within a copy, in random order; every `skip`-th is -1."""
-    tokens, total = shape["tokens"], shape["slots"]
-    order = torch.randperm(total, device=device, generator=generator)
+    """[copies, T] slots, distinct within a copy, in the order that `shape["order"]` numbers; every `skip`-th is -1."""
+    tokens, total, kind = shape["tokens"], shape["slots"], ORDERS[shape.get("order", 0)]
     starts = torch.arange(copies, device=device)[:, None] * tokens
-    slots = order[(starts + torch.arange(tokens, device=device)) % total]
+    places = (starts + torch.arange(tokens, device=device)) % total
+    slots = places
+    if kind == "paged":
+        pages = torch.randperm(total // PAGE, device=device, generator=generator)
+        places %= total // PAGE * PAGE
+        slots = pages[places // PAGE] * PAGE + places % PAGE
+    elif kind != "sequential":
+        slots = torch.randperm(total, device=device, generator=generator)[places]
+    if kind == "sorted":
+        slots = slots.sort(-1).values
     if "skip" in shape:
         slots[:, :: shape["skip"]] = -1
     return slots.to(torch.int64 if shape.get("id_bytes", 8) == 8 else torch.int32)

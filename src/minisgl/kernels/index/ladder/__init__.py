@@ -18,4 +18,4 @@ def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     return prepare(build, device, check.num_blocks(shape["tokens"] * splits * 32, 128), 128, pdl=False)
 
 
-VERSIONS = (Version("v1", "cuda", fits, _v1, (build_for("v1", 8192, 16, 4, SPLITS=4),)),)
+VERSIONS = (Version("v1", "cuda", fits, _v1, (build_for("v1", 8192, 16, 4, SPLITS=4),), fixed=True),)

@@ -16,4 +16,4 @@ def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     return prepare(build, device, check.num_blocks(shape["tokens"] * 32, 128), 128, pdl=False)
 
 
-VERSIONS = (Version("v1", "cuda", fits, _v1, (build_for("v1", 2048, 16, 8),)),)
+VERSIONS = (Version("v1", "cuda", fits, _v1, (build_for("v1", 2048, 16, 8),), fixed=True),)

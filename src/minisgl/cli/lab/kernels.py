@@ -1,0 +1,131 @@
+"""`minisgl profile kernels`: every registered kernel against its reference."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from minisgl.cli.lab import page
+from minisgl.types import KernelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from minisgl.kernels.spec import KernelSpec, Shape, Version
+    from minisgl.profiling.record import Record
+
+HELP = "check every registered kernel against its reference"
+INTERPRET = "TRITON_INTERPRET"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    page.add_common(parser)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
+    parser.add_argument(
+        "--interpret", action="store_true", help="without a GPU, run Triton's kernels under its interpreter (slow)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints a row a kernel, version and dtype; writes kernels.json.
+
+    Raises:
+        SystemExit: code 1, if a kernel is wrong.
+    """
+    if args.interpret:
+        os.environ[INTERPRET] = "1"  # read when triton is imported, which is later
+    from minisgl.profiling.catalogue import catalogue
+    from minisgl.profiling.record import new_record
+
+    record = new_record("kernels", args.quick)
+    jobs = [(spec, version) for spec in catalogue().values() for version in spec.versions]
+    rows: list[dict[str, Any]] = []
+    with page.progress("kernels", len(jobs)) as advance:
+        for spec, version in jobs:
+            rows += check(spec, version, record, args)
+            advance()
+    columns = ("kernel:", "version:", "kind:", "dtype:", "cases", "largest error", "tolerance", "verdict:")
+    page.table("kernels against their references", columns, summarise(rows))
+    page.finish(replace(record, rows=rows), args.out)
+    wrong = [row for row in rows if not row["ok"]]
+    for row in wrong:
+        print(f"{row['kernel']} {row['version']} {row['dtype']} {row['case']}: {row['problem']}", file=sys.stderr)
+    if wrong:
+        sys.exit(1)
+
+
+def check(spec: KernelSpec, version: Version, record: Record, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each case and dtype of one version; what can't run is noted in `record`."""
+    cuda = record.hardware["cuda"]
+    if version.kind in ("cuda", "triton") and cuda is None and not (args.interpret and version.kind == "triton"):
+        more = "; --interpret runs Triton's kernels on the CPU" * (version.kind == "triton")
+        record.skip(f"{spec.name} {version.name}", f"needs an NVIDIA GPU: {record.hardware['no_cuda_reason']}{more}")
+        return []
+    where = tuple(cuda["capability"]) if cuda else (0, 0)
+    rows = []
+    for dtype in spec.tolerance:
+        for shape in spec.cases[:2] if args.quick else spec.cases:
+            reason = version.supports(where, dtype, {**dict.fromkeys(spec.sizes, 1), **shape})
+            row = None if reason else _row(spec, version, shape, dtype, record, args.seed)
+            if row is not None:
+                rows.append(row)
+            elif reason:
+                record.skip(f"{spec.name} {version.name}", reason)
+    return rows
+
+
+def _row(
+    spec: KernelSpec, version: Version, shape: Shape, dtype: torch.dtype, record: Record, seed: int
+) -> dict[str, Any] | None:
+    """One case; None for a call that this version can't serve, or that the interpreter has nothing to do for."""
+    import torch
+
+    from minisgl.profiling.correctness import verify
+
+    on_gpu = record.hardware["cuda"] is not None
+    interpreted = version.kind == "triton" and not on_gpu
+    case = {n: min(size, 9) if interpreted and n == "tokens" else size for n, size in shape.items()}
+    if interpreted and not case["tokens"]:
+        return None
+    call = _interpreted(spec, version, dtype, case) if interpreted else _called(spec, version)
+    device = torch.device("cuda" if on_gpu and version.kind != "cpu" else "cpu")
+    try:
+        outcome = verify(spec, call, case, dtype, device, seed, slack=2.0 if interpreted else 1.0)
+    except KernelError as error:
+        if "doesn't fit" not in str(error):
+            raise
+        record.skip(f"{spec.name} {version.name}", str(error))
+        return None
+    about = {"kernel": spec.name, "version": version.name, "kind": version.kind, "case": case}
+    result = {"error": outcome.error, "tolerance": outcome.tolerance, "ok": outcome.ok, "problem": outcome.problem}
+    return {**about, "dtype": str(dtype).removeprefix("torch."), **result}
+
+
+def _called(spec: KernelSpec, version: Version) -> Callable[..., object]:
+    return lambda *args: spec.run(*args, version=version.name)
+
+
+def _interpreted(spec: KernelSpec, version: Version, dtype: torch.dtype, shape: Shape) -> Callable[..., object]:
+    from minisgl.kernels.tuning import Config
+
+    start = version.prepare(-1, dtype, shape, Config(128, 1))
+    if spec.name == "rmsnorm":  # its versions take the residual of add_rmsnorm too
+        return lambda x, weight, eps, out: start(x, None, weight, eps, out)
+    return start
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[tuple[object, ...]]:
+    """A line a kernel, version and dtype."""
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["kernel"], row["version"], row["kind"], row["dtype"]), []).append(row)
+    lines: list[tuple[object, ...]] = []
+    for key, group in groups.items():
+        bad = sum(not row["ok"] for row in group)
+        error, tolerance = (max(row[name] for row in group) for name in ("error", "tolerance"))
+        lines.append((*key, len(group), f"{error:.2g}", f"{tolerance:.2g}", f"{bad} wrong" if bad else "right"))
+    return lines
