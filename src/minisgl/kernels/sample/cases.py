@@ -14,7 +14,7 @@ from minisgl.kernels.spec import FLOATS, KernelSpec, Run, Shape, Version, regist
 from minisgl.kernels.tuning import Config
 
 
-def _run(*args: Tensor, version: str | None = None, config: Config | None = None) -> None:
+def _run(*args: Any, version: str | None = None, config: Config | None = None) -> None:
     """As `sample_tokens`, which has one version and nothing to configure."""
     if version is not None:
         SPEC.version(version)
@@ -24,7 +24,10 @@ def _run(*args: Tensor, version: str | None = None, config: Config | None = None
 def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     from minisgl.kernels.sample import triton_v1
 
-    return lambda *args: triton_v1.run(*args, first=0, chosen_by=None)
+    def run(logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, out: Tensor) -> None:
+        triton_v1.run(logits, temperature, seeds, index, out, 0, None)
+
+    return run
 
 
 def scores(logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor) -> Tensor:
