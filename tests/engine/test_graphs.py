@@ -4,6 +4,7 @@ a GPU."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from minisgl.attention import AttentionBackend, ForwardBatch
 from minisgl.engine.graphs import DecodeGraphs, DecodeStep, ladder
+from minisgl.engine.sampler import Way
 
 PROMPTS = [[(7 * i + 3 * k) % 60 + 2 for i in range(5 + 11 * k)] for k in range(5)]
 
@@ -60,10 +62,9 @@ class Uncaptured(DecodeGraphs):
         from minisgl.engine.graphs import _Captured
 
         logits = step.forward()
-        step.sample(logits)
         forward: Any = Replayed(lambda: logits.copy_(step.forward()))
-        sampler: Any = Replayed(lambda: step.sample(logits))
-        return _Captured(step, forward, sampler, logits), None
+        samplers: Any = {way: Replayed(partial(step.sample, logits, way is Way.FILTERED)) for way in self.ways}
+        return _Captured(step, forward, samplers, logits), None
 
 
 def _driver(
@@ -141,6 +142,28 @@ def test_decode_step_serves_rows_that_want_more(oracle: tuple[Path, list[list[in
     assert [a.tokens for a in answers[0]] == [a.tokens for a in answers[1]]
     top = [[entry.top for o in a[1].outputs for entry in o.logprobs] for a in answers]
     assert [[i for i, _ in entry] for entry in top[0]] == [[i for i, _ in entry] for entry in top[1]]
+
+
+def test_decode_step_filters_in_its_own_graph(
+    oracle: tuple[Path, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = oracle
+    wanted = [
+        replace(GREEDY, max_tokens=20, temperature=1.0, top_p=0.8, seed=3),
+        replace(GREEDY, max_tokens=20, temperature=0.9, top_k=5, min_p=0.1, seed=4),
+        replace(GREEDY, max_tokens=20),
+    ]
+    plain, (driver, replayed) = Driver(folder), _driver(folder, True, 4)
+    eager: list[int] = []
+    sample = driver.engine.runner._sample
+    monkeypatch.setattr(driver.engine.runner, "_sample", lambda handle, *rest: (eager.append(1), sample(handle, *rest)))
+    answers = []
+    for one in (plain, driver):
+        ids = [one.add(prompt, params) for prompt, params in zip(PROMPTS, wanted, strict=False)]
+        one.run()
+        answers.append([one.answers[id].tokens for id in ids])
+    assert answers[0] == answers[1]
+    assert len(eager) == 1 and len(replayed) >= 19, "the prompts' step alone sampled eagerly"
 
 
 def test_decode_step_survives_preemption(oracle: tuple[Path, list[list[int]]]) -> None:

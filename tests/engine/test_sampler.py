@@ -7,8 +7,9 @@ from array import array
 import pytest
 import torch
 
-from minisgl.engine.sampler import RowState, SampledTokens, filter_logits, sample
+from minisgl.engine.sampler import RowState, SampledTokens, sample
 from minisgl.engine.state import RowParams, param_words
+from minisgl.kernels.sample.filter import filter_logits
 from minisgl.kernels.sample.noise import gumbel_noise, philox
 from minisgl.models.sharding import VocabRange
 from minisgl.types import Request, SamplingParams
@@ -126,15 +127,15 @@ def test_filter_keeps_what_transformers_keeps(top_k: int, top_p: float, min_p: f
         expected = TopPLogitsWarper(top_p)(None, expected)
     if min_p:
         expected = MinPLogitsWarper(min_p)(None, expected)
-    ours = filter_logits(
-        logits, torch.full((16,), top_k), torch.full((16,), top_p), torch.full((16,), min_p, dtype=torch.float32)
-    )
-    assert torch.equal(ours, expected)
+    every = torch.ones(16)
+    filter_logits(logits, every, (every * top_k).int(), every * top_p, every * min_p)
+    assert torch.equal(logits, expected)
 
 
 def test_filter_treats_rows_apart() -> None:
     logits = random_logits(3)
-    ours = filter_logits(logits, torch.tensor([0, 1, 4]), torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 0.0]))
+    ours = logits.clone()
+    filter_logits(ours, torch.ones(3), torch.tensor([0, 1, 4], dtype=torch.int32), torch.ones(3), torch.zeros(3))
     assert torch.isfinite(ours).sum(-1).tolist() == [VOCAB, 1, 4]
     assert torch.equal(ours[0], logits[0])
 

@@ -45,16 +45,21 @@ def build(function: Any, capability: int, pointers: dict[str, str], constants: d
 def main() -> None:
     from minisgl.kernels.prepare import triton_v1 as prepare
     from minisgl.kernels.sample import triton_filter
+    from minisgl.kernels.sample import triton_v1 as sample
 
     words = ("words", "table", "lengths", "last_token", "params", "ids", "positions", "lens")
     words += ("out_params", "output_index")
-    pointers = dict.fromkeys(words, "i32") | {"slots": "i64"}
+    step = dict.fromkeys(words, "i32") | {"slots": "i64"}
     floats = {"temperature": "fp32", "top_p": "fp32", "min_p": "fp32", "top_k": "i32"}
     for capability in (80, 90):
-        build(prepare._prepare, capability, pointers, {"PAGE": 16, "BLOCK": prepare.BLOCK})
+        build(prepare._prepare, capability, step, {"PAGE": 16, "BLOCK": prepare.BLOCK})
         for kind, low in (("bf16", 16), ("fp32", 0), ("fp16", 12)):
             constants = {"LOW": low, "BLOCK": triton_filter.BLOCK}
             build(triton_filter._filter, capability, {"logits": kind} | floats, constants, triton_filter.WARPS)
+            pointers = {"logits": kind, "temperature": "fp32", "seeds": "i64", "index": "i32", "best": "fp32"}
+            build(sample._sample_blocks, capability, pointers | {"place": "i32"}, {"BLOCK": sample.BLOCK})
+        pointers = {"best": "fp32", "place": "i32", "out": "i64", "rows": "i32", "last": "i32"}
+        build(sample._best_block, capability, pointers, {"chosen_by": None, "BLOCKS": 64})
 
 
 if __name__ == "__main__":

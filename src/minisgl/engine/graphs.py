@@ -3,7 +3,8 @@
 There is a graph for each batch size of a ladder; a smaller batch is padded with the dummy row. A graph takes its
 inputs from `DeviceRows`: the host sends the rows of the batch and the pages that they gained. The page table's width
 counts as an input's shape: attention has less to do where it has no room for long contexts. Forward graphs end at
-logits, in one memory pool; a sampler graph behind each serves rows that need no filter, penalty or log-probability.
+logits, in one memory pool; two sampler graphs behind each, with filters and without, serve rows that need no
+penalty or log-probability.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from minisgl.attention.base import AttentionBackend, ForwardBatch
 from minisgl.cache.pool import KVPool
-from minisgl.engine.sampler import gumbel_argmax
-from minisgl.engine.state import DeviceRows, RowParams, Uploader
+from minisgl.engine.sampler import Way, sample_rows
+from minisgl.engine.state import DeviceRows, Uploader
 from minisgl.kernels.prepare.op import NEVER, DecodeInputs, prepare
 from minisgl.models import CausalLM
 from minisgl.types import Request
@@ -59,11 +60,10 @@ class DecodeStep:
         self.attention.prepare(batch)
         return self.model.forward(batch)
 
-    def sample(self, logits: Tensor) -> None:
+    def sample(self, logits: Tensor, filtered: bool) -> None:
         """Samples `tokens`, and makes them the rows' last ones."""
-        inputs = self.inputs
-        self.tokens.copy_(gumbel_argmax(logits, RowParams(inputs.params), inputs.output_index, self.model.vocab))
-        self.state.last_token.index_copy_(0, self.words[0].long(), self.tokens.to(torch.int32))
+        state = self.state
+        sample_rows(logits, self.words[0], self.inputs, state.last_token, self.model.vocab, filtered, self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Replay:
 class _Captured:
     step: DecodeStep
     forward: torch.cuda.CUDAGraph
-    sampler: torch.cuda.CUDAGraph
+    samplers: dict[Way, torch.cuda.CUDAGraph]
     logits: Tensor
 
 
@@ -99,6 +99,7 @@ class DecodeGraphs:
     ) -> None:
         self.max_batch, self.state = max_batch, state
         self.sizes = ladder(max_batch)
+        self.ways = (Way.PLAIN, Way.FILTERED) if model.vocab.whole else (Way.PLAIN,)
         self._pad = np.array([[state.dummy], [NEVER], [0]], np.int32)
         self.page_size, most = pool.page_size, state.page_table.shape[1]
         self.widths = sorted({min((attention.short_context or most * self.page_size) // self.page_size, most), most})
@@ -115,18 +116,24 @@ class DecodeGraphs:
         """The step's graphs, in the pool `memory` (None: a new one), which is returned for the next."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step.sample(step.forward())  # kernels are compiled, libraries make their handles
+        with torch.cuda.stream(stream):  # kernels are compiled, libraries make their handles
+            logits = step.forward()
+            for way in self.ways:
+                step.sample(logits, way is Way.FILTERED)
         torch.cuda.current_stream().wait_stream(stream)
-        forward, sampler = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        forward, samplers = torch.cuda.CUDAGraph(), {way: torch.cuda.CUDAGraph() for way in self.ways}
         with torch.cuda.graph(forward, pool=memory):
             logits = step.forward()
-        with torch.cuda.graph(sampler, pool=forward.pool()):
-            step.sample(logits)
-        return _Captured(step, forward, sampler, _alias(logits)), forward.pool()
+        for way, sampler in samplers.items():
+            with torch.cuda.graph(sampler, pool=forward.pool()):
+                step.sample(logits, way is Way.FILTERED)
+        return _Captured(step, forward, samplers, _alias(logits)), forward.pool()
 
-    def replay(self, upload: Uploader, requests: Sequence[Request], longest: int, sample: bool) -> Replay:
-        """Starts a step for `requests`, of which the longest has `longest` tokens with the one computed now."""
+    def replay(self, upload: Uploader, requests: Sequence[Request], longest: int, way: Way) -> Replay:
+        """Starts a step for `requests`, of which the longest has `longest` tokens with the one computed now.
+
+        It samples too, but where the way is EAGER.
+        """
         count = len(requests)
         size = next(s for s in self.sizes if s >= count)
         captured = self._steps[size, next(w for w in self.widths if w * self.page_size >= longest)]
@@ -135,8 +142,8 @@ class DecodeGraphs:
         self.state.decode_words(requests, words)
         upload.send(words.ravel(), out=step.words.view(-1))
         captured.forward.replay()
-        if sample:
-            captured.sampler.replay()
+        if way in captured.samplers:
+            captured.samplers[way].replay()
         return Replay(
             logits[:count], step.words[0, :count], x.params[:count], x.output_index[:count], step.tokens[:count]
         )

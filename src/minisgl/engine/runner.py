@@ -16,7 +16,7 @@ from minisgl.attention.base import AttentionBackend, ForwardBatch
 from minisgl.cache.pool import KVPool
 from minisgl.engine.graphs import DecodeGraphs
 from minisgl.engine.prompt_logprobs import prompt_rows, read_prompts
-from minisgl.engine.sampler import RowState, SampledTokens, sample
+from minisgl.engine.sampler import RowState, SampledTokens, Way, sample
 from minisgl.engine.scheduler import ScheduledBatch
 from minisgl.engine.state import DeviceRows, RowParams, Uploader, param_words
 from minisgl.models import CausalLM
@@ -112,12 +112,11 @@ class ModelRunner:
 
     def _launch_graph(self, handle: StepHandle, graphs: DecodeGraphs) -> None:
         requests = handle.requests
-        states = [self.states[r.row] for r in requests]
-        simple = all(s.simple for s in states)
+        way = max(self.states[r.row].way for r in requests)
         with span("forward"):
-            step = graphs.replay(self.upload, requests, max(handle.batch.starts) + 1, sample=simple)
+            step = graphs.replay(self.upload, requests, max(handle.batch.starts) + 1, way)
         with span("sample"):
-            if simple:
+            if way is not Way.EAGER:
                 self._fetch(handle, step.tokens)
             else:
                 self._sample(handle, step.logits, step.rows, RowParams(step.params), step.output_index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -11,11 +12,21 @@ from torch import Tensor
 from minisgl.engine import vocab_parallel
 from minisgl.engine.state import RowParams
 from minisgl.kernels import cpu
+from minisgl.kernels.prepare.op import DecodeInputs
+from minisgl.kernels.sample.filter import filter_logits
 from minisgl.kernels.sample.noise import gumbel_noise
 from minisgl.models.sharding import VocabRange
 from minisgl.types import Request
 
 _NEVER = float("-inf")
+
+
+class Way(IntEnum):
+    """How a step samples: the way of the row that needs most."""
+
+    PLAIN = 0
+    FILTERED = 1  # top-k, top-p, min-p
+    EAGER = 2  # what the host has a part in: penalties, bias, log-probabilities
 
 
 @dataclass(slots=True)
@@ -40,13 +51,14 @@ class RowState:
     def __init__(self, request: Request, vocab: VocabRange, device: torch.device) -> None:
         p = request.params
         self.params, self.vocab = p, vocab
-        self.filtered = bool(p.top_k) or (p.top_p or 1.0) < 1 or bool(p.min_p)
+        self.filtered = not p.greedy and (bool(p.top_k) or (p.top_p or 1.0) < 1 or bool(p.min_p))
         self.counts: Tensor | None = None
         self.seen: Tensor | None = None
         repetition = p.repetition_penalty not in (None, 1.0)
         penalised = bool(p.frequency_penalty or p.presence_penalty or repetition)
         self.edits_logits = penalised or bool(p.logit_bias) or p.min_tokens > 0
-        self.simple = not (self.edits_logits or self.filtered or p.logprobs)
+        eager = self.edits_logits or p.logprobs or (self.filtered and not vocab.whole)
+        self.way = Way.EAGER if eager else Way.FILTERED if self.filtered else Way.PLAIN
         if not self.edits_logits:
             return
         own = range(vocab.start, vocab.start + vocab.rows)
@@ -89,23 +101,6 @@ class RowState:
             self.seen.index_fill_(0, token, True)
 
 
-def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Masks what top-k, then top-p of what is left, then min-p exclude. The most likely token always stays.
-
-    Args:
-        logits: [R, V] float32, temperature applied. top_k: [R] integers, 0 for off. top_p, min_p: [R] float32.
-    """
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    k = torch.where(top_k > 0, top_k, logits.shape[-1])[:, None]
-    ordered = ordered.masked_fill(rank >= k, _NEVER)
-    probs = ordered.softmax(-1)
-    outside = (probs.cumsum(-1) - probs >= top_p[:, None]) & (top_p[:, None] < 1)
-    outside |= probs < min_p[:, None] * probs[:, :1]
-    outside[:, 0] = False
-    return torch.empty_like(logits).scatter_(1, ids, ordered.masked_fill(outside, _NEVER))
-
-
 def gumbel_argmax(logits: Tensor, params: RowParams, output_index: Tensor, vocab: VocabRange) -> Tensor:
     """Tokens [R] int64 from logits [R, rows]: the most likely at temperature 0, else drawn from the softmax."""
     if vocab.whole:
@@ -137,33 +132,60 @@ def _best(
 
 
 def _filter(logits: Tensor, params: RowParams, vocab: VocabRange, most: int) -> Tensor:
-    """Filters where there is a temperature; the scale that it brings is taken back, `gumbel_argmax` applies it.
+    """What top-k, top-p and min-p leave of `logits`, which may be overwritten.
 
     Args:
         most: that top-k leaves of a row; 0 where it leaves all of some row.
     """
-    scale = torch.where(params.temperature == 0, 1.0, params.temperature)[:, None]
-    logits = logits.float() / scale
+    limits = params.temperature, params.top_k, params.top_p, params.min_p
     if vocab.whole:
-        return filter_logits(logits, params.top_k, params.top_p, params.min_p) * scale
-    values, ids = vocab_parallel.candidates(logits, most, vocab)
-    values = filter_logits(values, params.top_k, params.top_p, params.min_p)
-    return vocab_parallel.own_part(values, ids, vocab) * scale
+        filter_logits(logits, *limits)
+        return logits
+    values, ids = vocab_parallel.candidates(logits.float(), most, vocab)
+    filter_logits(values, *limits)
+    return vocab_parallel.own_part(values, ids, vocab)
 
 
 def _draw(
     logits: Tensor, rows: Sequence[RowState], params: RowParams, output_index: Tensor, vocab: VocabRange
 ) -> Tensor:
-    """Only rows that need a filter pay for it, but on one GPU, which would wait longer for such a choice."""
-    filtered = [i for i, r in enumerate(rows) if r.filtered and not r.params.greedy]
+    """Only rows that need a filter pay for it; on one GPU the kernel knows which."""
+    filtered = [i for i, r in enumerate(rows) if r.filtered]
+    if filtered:
+        logits = logits.clone()
     if filtered and logits.is_cuda and vocab.whole:
-        logits = _filter(logits, params, vocab, 0)
+        _filter(logits, params, vocab, 0)
     elif filtered:
         tops = [rows[i].params.top_k or 0 for i in filtered]
-        logits = logits.clone()
         part = _filter(logits[filtered], params.select(filtered), vocab, max(tops) if all(tops) else 0)
         logits[filtered] = part.to(logits.dtype)
     return gumbel_argmax(logits, params, output_index, vocab)
+
+
+def sample_rows(
+    logits: Tensor,
+    rows: Tensor,
+    inputs: DecodeInputs,
+    last_token: Tensor,
+    vocab: VocabRange,
+    filtered: bool,
+    out: Tensor,
+) -> None:
+    """Tokens `out` [R] int64 of `rows` [R] int32, also for `last_token`; nothing of it comes from the host.
+
+    Serves rows whose `RowState.way` is PLAIN, or FILTERED with `filtered`; `logits` may be overwritten.
+    """
+    params = RowParams(inputs.params)
+    if filtered:
+        _filter(logits, params, vocab, 0)
+    if logits.is_cuda and vocab.whole:
+        from minisgl.kernels.sample.op import sample_tokens
+
+        choice = params.temperature, params.seed, inputs.output_index
+        sample_tokens(logits, *choice, out, rows=rows, last=last_token)
+    else:
+        out.copy_(gumbel_argmax(logits, params, inputs.output_index, vocab))
+        last_token.index_copy_(0, rows.long(), out.to(torch.int32))
 
 
 def _logprobs(logits: Tensor, rows: Sequence[RowState], out: SampledTokens, vocab: VocabRange) -> None:

@@ -130,7 +130,7 @@ class RowParams:
     def __init__(self, words: Tensor) -> None:
         self.temperature, self.top_p, self.min_p = words[:, :3].view(torch.float32).unbind(1)
         self.top_k = words[:, 3]
-        self.seed = words[:, 4:6].contiguous().view(torch.int64)[:, 0]
+        self.seed = words.view(torch.int64)[:, 2]
         self.num_prompt = words[:, 6]
 
     def select(self, index: list[int]) -> RowParams:

@@ -92,7 +92,7 @@ def _filter(
         ties = (target - total + one - 1) // one
     for start in range(0, vocab, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        keys, weight = _read(logits, place, vocab, best, t, LOW)
+        keys, _weight = _read(logits, place, vocab, best, t, LOW)
         x = tl.load(logits + place, mask=place < vocab, other=0.0).to(tl.float32)
         tied = (keys == key).to(tl.int64)
         kept = (keys > key) | ((tied > 0) & (tl.cumsum(tied, 0) <= ties))

@@ -39,6 +39,7 @@ def _sample_blocks(
     num_blocks,
     vocab,
     param_stride,
+    seed_stride,
     first,
     BLOCK: tl.constexpr,
 ):
@@ -47,7 +48,7 @@ def _sample_blocks(
     x = tl.load(logits + row.to(tl.int64) * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
     t = tl.load(temperature + row * param_stride)
     if t > 0:
-        x = x / t + _noise(tl.load(seeds + row), tl.load(index + row), first + block * BLOCK, BLOCK)
+        x = x / t + _noise(tl.load(seeds + row * seed_stride), tl.load(index + row), first + block * BLOCK, BLOCK)
         x = tl.where(token < vocab, x, float("-inf"))
     value, offset = tl.max(x, 0, return_indices=True)
     tl.store(best + row * num_blocks + block, value)
@@ -55,25 +56,36 @@ def _sample_blocks(
 
 
 @triton.jit
-def _best_block(best, place, out, chosen_by, num_blocks, BLOCKS: tl.constexpr):
+def _best_block(best, place, out, chosen_by, rows, last, num_blocks, BLOCKS: tl.constexpr):
     row = tl.program_id(0)
     block = tl.arange(0, BLOCKS)
     value = tl.load(best + row * num_blocks + block, mask=block < num_blocks, other=float("-inf"))
     chosen = tl.argmax(value, 0)
-    tl.store(out + row, tl.load(place + row * num_blocks + chosen).to(tl.int64))
+    token = tl.load(place + row * num_blocks + chosen)
+    tl.store(out + row, token.to(tl.int64))
+    if last is not None:
+        tl.store(last + tl.load(rows + row), token)
     if chosen_by is not None:
         tl.store(chosen_by + row, tl.max(value, 0))
 
 
 def run(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, out: Tensor, first: int, chosen_by: Tensor | None
+    logits: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    index: Tensor,
+    out: Tensor,
+    first: int,
+    chosen_by: Tensor | None,
+    rows: Tensor | None = None,
+    last: Tensor | None = None,
 ) -> None:
     """As `sample_tokens`."""
-    rows, vocab = logits.shape
+    count, vocab = logits.shape
     blocks = triton.cdiv(vocab, BLOCK)
-    best = torch.empty(rows, blocks, dtype=torch.float32, device=logits.device)
-    place = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
-    _sample_blocks[(rows, blocks)](
+    best = torch.empty(count, blocks, dtype=torch.float32, device=logits.device)
+    place = torch.empty(count, blocks, dtype=torch.int32, device=logits.device)
+    _sample_blocks[(count, blocks)](
         logits,
         logits.stride(0),
         temperature,
@@ -84,7 +96,8 @@ def run(
         blocks,
         vocab,
         temperature.stride(0),
+        seeds.stride(0),
         first,
         BLOCK=BLOCK,
     )
-    _best_block[(rows,)](best, place, out, chosen_by, blocks, BLOCKS=triton.next_power_of_2(blocks))
+    _best_block[(count,)](best, place, out, chosen_by, rows, last, blocks, BLOCKS=triton.next_power_of_2(blocks))
