@@ -30,7 +30,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     dummy_weights: bool = False  # random weights; the folder needs only a config.json
-    tp_size: int = 1
+    tp_size: int = 1  # ranks that the model is split over, each a process: GPUs, or parts of a CPU
     seed: int = 0  # of dummy weights and of requests that bring no seed
 
     page_size: int = 16  # tokens
@@ -134,8 +134,8 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
     if config.dtype == "auto":
         half = "bfloat16" if hardware.cuda is not None and hardware.cuda.capability >= (8, 0) else "float16"
         changes["dtype"] = half if device == "cuda" else "float32"
-    if config.tp_size > 1:
-        raise ConfigError(f"tp is {config.tp_size}; this version runs a model on one device, so use --tp 1")
+    if device == "cuda" and config.tp_size > max(hardware.num_gpus, 1):
+        raise ConfigError(f"tp is {config.tp_size}, one GPU a rank, and this machine has {hardware.num_gpus}")
     running = config.max_running or (256 if device == "cuda" else 32)
     batched = config.max_batched_tokens or (16384 if device == "cuda" else 2048)
     if config.max_batched_tokens is not None and config.max_running is None:

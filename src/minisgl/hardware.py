@@ -30,6 +30,7 @@ class Hardware:
     cuda: CudaDevice | None
     no_cuda_reason: str = ""
     extension: bool = False  # whether the C++ extension is installed
+    num_gpus: int = 0  # that torch sees; `cuda` is the first of them
 
 
 def _cpu_name() -> str:
@@ -80,4 +81,5 @@ def detect() -> Hardware:
         p = torch.cuda.get_device_properties(0)
         device = CudaDevice(p.name, (p.major, p.minor), p.multi_processor_count, p.L2_cache_size, p.total_memory)
     extension = importlib.util.find_spec("minisgl._C") is not None
-    return Hardware(_cpu_name(), len(os.sched_getaffinity(0)), memory, device, reason, extension)
+    num_gpus = torch.cuda.device_count() if device is not None else 0
+    return Hardware(_cpu_name(), len(os.sched_getaffinity(0)), memory, device, reason, extension, num_gpus)

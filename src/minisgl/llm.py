@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from minisgl.config import DEFAULT_MODEL, SAMPLING_DEFAULTS, EngineConfig
-from minisgl.engine.engine import Engine
+from minisgl.engine.lead import make_engine
 from minisgl.models.hub import resolve_model
 from minisgl.text import OutputProcessor, Tokenizer, load_text
 from minisgl.types import Completion, ConfigError, RequestError, RequestOutput, SamplingParams, TextDelta
@@ -31,6 +31,9 @@ class LLM:
         llm = LLM("smollm2")
         print(llm.generate("The capital of France is", SamplingParams(max_tokens=8))[0].text)
 
+    With `tp_size=N` the model is split over N ranks, N - 1 of them processes of their own; they end with `close`, with
+    the context (an LLM is a context manager) or with this process.
+
     Calls may be nested (a `stream` half read while `generate` runs) but not made from several threads. Ctrl-C takes
     effect between steps: what was under way is ended, and the next call finds everything in order.
 
@@ -41,6 +44,7 @@ class LLM:
 
     Raises:
         ModelError, ConfigError: the model can't be loaded or run as asked.
+        EngineDeadError: a rank failed, here or in any later call; make a new LLM then.
     """
 
     def __init__(self, model: str = DEFAULT_MODEL, sampling_defaults: str = "model", **options: Any) -> None:
@@ -48,11 +52,21 @@ class LLM:
             raise ConfigError(f"sampling_defaults is {sampling_defaults!r}; expected model or neutral")
         path = resolve_model(model)
         self.text = load_text(path)
-        self.engine = Engine(EngineConfig(model=str(path), **options))
+        self.engine = make_engine(EngineConfig(model=str(path), **options))
         self._output = OutputProcessor(self.text.tokenizer)
         self._defaults = self.text.generation.sampling if sampling_defaults == "model" else {}
         self._inbox: dict[str, Callable[[TextDelta], object]] = {}  # who takes what a request under way gains
         self._ids = count()
+
+    def close(self) -> None:
+        """Ends the other ranks, if there are any; with them ends the use of this LLM. Idempotent."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -106,12 +106,43 @@ class EngineFailed(msgspec.Struct, tag="failed", frozen=True):
     error: str
 
 
+class RankStage(msgspec.Struct, tag="stage", frozen=True, omit_defaults=True):
+    """A rank tells that it is up (0 pages), has loaded its weights (KV pages it has room for), is ready (pages it has).
+
+    Rank 0 answers the second with the fewest of all.
+    """
+
+    num_pages: int = 0
+
+
+class RankStep(msgspec.Struct, tag="rank_step", frozen=True, omit_defaults=True):
+    """Rank 0 to the others, before every step: what happened to requests since the last one.
+
+    `checks` are checksums of rank 0's state, by what they cover; only where ranks are checked against one another.
+    """
+
+    commands: list[Command] = []
+    checks: dict[str, int] = {}
+
+
+class RankFailed(msgspec.Struct, tag="rank_failed", frozen=True, omit_defaults=True):
+    """Last message of a rank. `lost_peer`: because it lost another one, which is then to blame."""
+
+    error: str
+    traceback: str = ""  # of an error that isn't for the user
+    lost_peer: bool = False
+
+
 ToEngine = Commands | Shutdown
 FromEngine = EngineReady | StepOutputs | EngineFailed | Profiled
+ToRank = RankStep | RankStage | Shutdown
+FromRank = RankStage | RankFailed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+_to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+_from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
 
 
 def encode(message: msgspec.Struct) -> bytes:
@@ -124,6 +155,14 @@ def decode_to_engine(data: bytes) -> ToEngine:
 
 def decode_from_engine(data: bytes) -> FromEngine:
     return _from_engine.decode(data)
+
+
+def decode_to_rank(data: bytes) -> ToRank:
+    return _to_rank.decode(data)
+
+
+def decode_from_rank(data: bytes) -> FromRank:
+    return _from_rank.decode(data)
 
 
 def pack_ids(ids: list[int] | array[int]) -> bytes:

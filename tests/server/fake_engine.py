@@ -92,6 +92,9 @@ class FakeEngine:
             num_running=running, num_pages=NUM_PAGES, num_free_pages=NUM_PAGES - running, steps=self._steps
         )
 
+    def close(self) -> None:
+        """Nothing to end."""
+
 
 def _logprob(token: int) -> TokenLogprob:
     return TokenLogprob(token, -token / 8, ((0, 0.0),))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,24 +24,42 @@ from minisgl.models import load_model
 from minisgl.models.hub import resolve_model
 from minisgl.models.spans import add_spans
 from minisgl.timing import span, use_nvtx
-from minisgl.types import FinishReason, ModelError, Request, RequestError, SamplingParams
+from minisgl.types import ConfigError, FinishReason, ModelError, Request, RequestError, SamplingParams
 
 log = logging.getLogger(__name__)
+
+
+def rank_device(config: EngineConfig, rank: int) -> torch.device:
+    """The device of `config`, resolved: for rank n of several the n-th GPU, which becomes the current one."""
+    if config.device == "cuda" and config.tp_size > 1:
+        torch.cuda.set_device(rank)
+        return torch.device("cuda", rank)
+    return torch.device(config.device)
 
 
 class Engine:
     """Serves requests of token ids, a step at a time.
 
-    With overlap, a step is scheduled and launched before the one before it is collected (a lag of 1).
+    With overlap, a step is scheduled and launched before the one before it is collected (a lag of 1). As a rank of
+    several it holds a share of the model. What is computed when follows from the calls and from the tokens alone, so
+    ranks that get the same calls stay alike.
+
+    Args:
+        tp: the ranks' group, of which this is one; None: alone.
+        agree: from the KV pages that this rank has room for to those that every rank takes.
 
     Raises:
         ConfigError, ModelError: it can't be built as configured.
     """
 
-    def __init__(self, config: EngineConfig, tp: TPGroup | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, tp: TPGroup | None = None, agree: Callable[[int], int] | None = None
+    ) -> None:
         self.config = config = resolve(config, detect())
-        self.device = torch.device(config.device)
+        if tp is None and config.tp_size > 1:
+            raise ConfigError(f"tp is {config.tp_size}, and an Engine is one rank; LLM or make_engine start the others")
         self.tp = tp or TPGroup()
+        self.device = rank_device(config, self.tp.rank)
         dtype = getattr(torch, config.dtype)
         path = resolve_model(config.model)
         dummy, packed, fused = config.dummy_weights, config.attention == "cpu", config.fused_kernels == "on"
@@ -51,6 +70,7 @@ class Engine:
             self.tp,
             dummy,
             config.seed,
+            progress=self.tp.rank == 0,
             packed=packed,
             fused=fused,
         )
@@ -60,6 +80,8 @@ class Engine:
             raise ModelError(f"max-model-len is {config.max_model_len}; the model's context has {context} tokens")
         context = config.max_model_len or context
         num_pages = choose_num_pages(config, model, self.model.num_kv_heads_per_rank, dtype, context)
+        if agree is not None:
+            num_pages = agree(num_pages)
         pool = KVPool(
             model.num_layers,
             self.model.num_kv_heads_per_rank,
@@ -88,7 +110,8 @@ class Engine:
             config.seed,
         )
         if config.device == "cuda" and config.cuda_graph and self.runner.attention.capturable and self.model.capturable:
-            self.runner.capture(min(config.max_running, config.cuda_graph_max_batch or config.max_running))
+            largest = min(config.max_running, config.cuda_graph_max_batch or config.max_running)
+            self.runner.capture(largest, progress=self.tp.rank == 0)
         if use_nvtx():
             add_spans(self.model, self.runner.attention)
         self.lag = 1 if config.overlap else 0
@@ -195,3 +218,6 @@ class Engine:
             preemptions=s.preemptions,
             steps=s.step,
         )
+
+    def close(self) -> None:
+        """Ends what belongs to the engine beside this process: nothing."""

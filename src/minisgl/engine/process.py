@@ -8,39 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import gc
 import importlib
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import tempfile
-import threading
-import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Protocol
 
 import zmq
 
 from minisgl import messages
 from minisgl.config import EngineConfig
+from minisgl.engine.children import PrivateFolder, exit_text, ignore_sigint
 from minisgl.timing import span
 from minisgl.types import FinishReason, MinisglError, RequestError, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-ENGINE = "minisgl.engine.engine:Engine"  # named, not imported, so that the parent doesn't load torch
+ENGINE = "minisgl.engine.lead:make_engine"  # named, not imported, so that the parent doesn't load torch
 PARENT_CHECK_MS = 1000
 LINGER_MS = 1000  # for the last message of an engine that failed
 _PR_SET_PDEATHSIG = 1
-_FOLDER = "minisgl-engine-"
-_YOUNG_S = 60  # a folder without a lock may still get it
 
 
 class EngineLike(Protocol):
@@ -57,6 +50,7 @@ class EngineLike(Protocol):
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[messages.TokenOutput]: ...
     def stats(self) -> messages.EngineStats: ...
+    def close(self) -> None: ...
 
 
 class _ParentGoneError(Exception):
@@ -84,7 +78,8 @@ def engine_main(config: EngineConfig, commands: str, outputs: str, parent_pid: i
         receiver.bind(commands)
         sender.connect(outputs)
         try:
-            _run(_make_engine(engine, config), receiver, sender, parent_pid)
+            with contextlib.closing(_make_engine(engine, config)) as made:
+                _run(made, receiver, sender, parent_pid)
         except MinisglError as error:
             code = 1
             sender.send(messages.encode(messages.EngineFailed(str(error))))
@@ -127,7 +122,7 @@ def _run(engine: EngineLike, commands: zmq.Socket[bytes], outputs: zmq.Socket[by
     outputs.send(messages.encode(messages.StepOutputs([], stats)))
     while True:
         if not engine.has_work:
-            _wait(commands, parent_pid)
+            _wait(engine, commands, parent_pid)
         received = _drain(commands)
         if received is None:
             return
@@ -135,7 +130,7 @@ def _run(engine: EngineLike, commands: zmq.Socket[bytes], outputs: zmq.Socket[by
             if isinstance(command, messages.Profile):
                 outputs.send(messages.encode(_profile(engine, command)))
         with span("apply"):
-            results = [refusal for c in received if (refusal := _apply(engine, c)) is not None]
+            results = [refusal for c in received if (refusal := apply(engine, c)) is not None]
         with span("step"):
             results += engine.step()
         before, stats = stats, engine.stats()
@@ -144,8 +139,9 @@ def _run(engine: EngineLike, commands: zmq.Socket[bytes], outputs: zmq.Socket[by
                 outputs.send(messages.encode(messages.StepOutputs(results, stats)))
 
 
-def _wait(commands: zmq.Socket[bytes], parent_pid: int) -> None:
-    while not commands.poll(PARENT_CHECK_MS):
+def _wait(engine: EngineLike, commands: zmq.Socket[bytes], parent_pid: int) -> None:
+    """Until a command comes, or the engine has something to say: that a rank has died."""
+    while not commands.poll(PARENT_CHECK_MS) and not engine.has_work:
         if os.getppid() != parent_pid:  # where the kernel doesn't tell us
             raise _ParentGoneError
 
@@ -163,7 +159,7 @@ def _drain(commands: zmq.Socket[bytes]) -> list[messages.Command] | None:
         received += message.commands
 
 
-def _apply(engine: EngineLike, command: messages.Command) -> messages.TokenOutput | None:
+def apply(engine: EngineLike, command: messages.Command) -> messages.TokenOutput | None:
     """Hands `command` to the engine; a request that it refuses comes back as its terminal output."""
     match command:
         case messages.AddRequest():
@@ -194,19 +190,16 @@ class EngineProcess:
     """
 
     def __init__(self, config: EngineConfig, engine: str = ENGINE) -> None:
-        _remove_stale_folders()
-        self._folder = tempfile.TemporaryDirectory(prefix=_FOLDER, ignore_cleanup_errors=True)  # mode 0700
-        self._lock = os.open(self._folder.name, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)  # as long as this process lives
-        self.commands_address = f"ipc://{self._folder.name}/commands"
-        self.outputs_address = f"ipc://{self._folder.name}/outputs"
+        self._folder = PrivateFolder()
+        self.commands_address = f"ipc://{self._folder.path}/commands"
+        self.outputs_address = f"ipc://{self._folder.path}/outputs"
         args = (config, self.commands_address, self.outputs_address, os.getpid(), engine)
         self._process: BaseProcess = multiprocessing.get_context("spawn").Process(
             target=engine_main, args=args, name="minisgl-engine"
         )
 
     def __enter__(self) -> EngineProcess:
-        with _ignore_sigint():
+        with ignore_sigint():
             self._process.start()
         return self
 
@@ -225,15 +218,7 @@ class EngineProcess:
 
     def exit_text(self) -> str:
         """Why the process ended, as far as the system knows."""
-        self._process.join(1)
-        code = self._process.exitcode
-        if code is None:
-            return "the engine process is ending"
-        if code == -signal.SIGKILL:
-            return "the engine process was killed (signal 9); the system does that when memory runs out"
-        if code < 0:
-            return f"the engine process was ended by signal {-code} ({signal.strsignal(-code)})"
-        return f"the engine process ended with exit code {code}"
+        return exit_text(self._process, "the engine process")
 
     def stop(self, timeout: float = 2.0) -> None:
         """Waits `timeout` seconds for an engine that was told to shut down, then kills it. Idempotent."""
@@ -243,33 +228,4 @@ class EngineProcess:
             if self._process.is_alive():
                 self._process.kill()
                 self._process.join()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-        self._folder.cleanup()
-
-
-def _remove_stale_folders() -> None:
-    """Removes the folders of parents that were killed: nobody holds their lock."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
-        with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
-            lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - folder.stat().st_mtime > _YOUNG_S:
-                    shutil.rmtree(folder)
-            finally:
-                os.close(lock)
-
-
-@contextlib.contextmanager
-def _ignore_sigint() -> Iterator[None]:
-    """A child started meanwhile ignores Ctrl-C from its first instruction on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        self._folder.remove()
