@@ -41,8 +41,8 @@ def choose_num_pages(
         free, total = torch.cuda.mem_get_info()
         room = int(free - (1 - config.mem_fraction) * total) - reserve
     else:
-        free = available_memory() or 4 * CPU_POOL_BYTES
-        room = min(int(free * config.mem_fraction) - reserve, CPU_POOL_BYTES)
+        free = (available_memory() or 4 * CPU_POOL_BYTES) // config.tp_size  # the ranks share it
+        room = min(int(free * config.mem_fraction) - reserve, CPU_POOL_BYTES // config.tp_size)
     num_pages = room // page - 1  # and the dummy page
     if num_pages < 1:
         raise ConfigError(
