@@ -22,7 +22,7 @@ from minisgl import LLM
 from minisgl.config import EngineConfig
 from minisgl.engine.lead import divide_threads
 from minisgl.engine.ranks import Ranks
-from minisgl.types import ConfigError, EngineDeadError, MinisglError, ModelError
+from minisgl.types import ConfigError, EngineDeadError, ModelError
 
 SOON_S = 30.0  # "seconds", on a machine that has much else to do
 SOAK_S = 600.0
@@ -117,8 +117,13 @@ def test_rank_that_can_not_start_says_why(tp_model: Path, monkeypatch: pytest.Mo
     assert_gone(children(os.getpid()))
 
 
-def test_rank_count_is_checked(tp_model: Path) -> None:
-    with pytest.raises(MinisglError, match="heads can't be split over 3 ranks"):
+def test_size_that_can_not_work_is_refused_before_ranks_start(
+    smollm2: Path, tp_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ranks, "__init__", lambda *_: pytest.fail("ranks were started"))
+    with pytest.raises(ConfigError, match=r"9 attention heads don't divide by 2.*--tp can be: 1, 3$"):
+        start(smollm2, 2)
+    with pytest.raises(ConfigError, match=r"8 attention heads don't divide by 3.*--tp can be: 1, 2, 4, 8"):
         start(tp_model, 3)
 
 

@@ -29,6 +29,8 @@ from minisgl.engine.scheduler import Scheduler
 from minisgl.hardware import detect
 from minisgl.kernels import cpu
 from minisgl.models.hub import resolve_model
+from minisgl.models.registry import read_config
+from minisgl.models.sharding import check_tp_size
 from minisgl.types import ConfigError, EngineDeadError, Request, SamplingParams
 
 CHECK_VARIABLE = "MINISGL_CHECK_RANKS"
@@ -51,7 +53,9 @@ class LeadEngine(Engine):
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        config = resolve(replace(config, model=str(resolve_model(config.model))), detect())
+        path = resolve_model(config.model)
+        config = resolve(replace(config, model=str(path)), detect())
+        check_tp_size(read_config(path), config.tp_size)  # before anything is started
         self._checked = _checks_wanted()
         self._commands: list[messages.Command] = []  # since the last step
         self._ranks = ranks = Ranks(config)
