@@ -1,8 +1,7 @@
 """Choosing among logits that ranks share: each has those of its own token ids, [R, rows] of a `VocabRange`.
 
-Ranks exchange (value, id) pairs of what each finds best, not the logits. A pair travels as one integer that sorts as
-pairs do, the larger value first and of equal ones the smaller id, so that ties break as they do on one rank. Every rank
-ends up with the same answer, and the host waits for nothing.
+Ranks exchange (value, id) pairs of what each finds best, not the logits. Of equal values the smaller id wins, as it
+does on one rank. Every rank ends up with the same answer, and the host waits for nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ _LOW = 0xFFFFFFFF
 
 
 def pack_pairs(values: Tensor, ids: Tensor) -> Tensor:
-    """Pairs of float32 values and ids (int64, below 2^32) as int64: the larger value, then the smaller id, is larger.
+    """Pairs of float32 values and ids (int64, below 2^32) as int64 that sort: the larger value, then the smaller id.
 
     Floats compare as their bits do, once those of negative numbers are flipped; adding 0 makes -0 and 0 one value.
     """
@@ -31,8 +30,13 @@ def unpack_pairs(pairs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def best_of_ranks(values: Tensor, ids: Tensor, vocab: VocabRange) -> Tensor:
-    """Of each rank's best ids [R] and their values [R] float32, the best: [R] int64."""
-    return unpack_pairs(vocab.tp.all_gather(pack_pairs(values, ids)[:, None]).amax(-1))[1]
+    """Of each rank's best ids [R] and their values [R] float32, the best: [R] int64.
+
+    Ranks hold ids in their own order, so that the first of equal values is the one with the smallest id.
+    """
+    ranks = vocab.tp.all_gather(torch.stack((values.view(torch.int32), ids.to(torch.int32)), dim=-1))  # [R, 2 x size]
+    best = ranks[:, ::2].view(torch.float32).argmax(-1, keepdim=True)
+    return ranks[:, 1::2].gather(1, best)[:, 0].long()
 
 
 def largest(logits: Tensor, count: int, vocab: VocabRange) -> tuple[Tensor, Tensor]:
