@@ -30,16 +30,23 @@ Answer = tuple[list[int], list[TokenLogprob], list[TokenLogprob]]  # tokens, the
 
 
 @torch.inference_mode()
-def logits(group: TPGroup, paths: Sequence[Path], ids: list[int], packed: bool = False) -> list[np.ndarray]:
-    """Logits [T, vocab_size] of a prompt in chunks, for each model."""
+def logits(
+    group: TPGroup, paths: Sequence[Path], ids: list[int], attention: str = "torch_sdpa", on_gpu: bool = False
+) -> list[np.ndarray]:
+    """Logits [T, vocab_size] of a prompt in chunks, for each model in float32.
+
+    Args:
+        attention: `cpu` also packs the weights.
+        on_gpu: each rank on its own, with the project's kernels between the matrix products.
+    """
     found = []
+    device, packed = torch.device("cuda", group.rank) if on_gpu else CPU, attention == "cpu"
     for path in paths:
         os.environ.setdefault("MINISGL_CACHE", str(path.parent / "cache"))
-        model = load_model(path, torch.float32, CPU, group, progress=False, packed=packed)
+        model = load_model(path, torch.float32, device, group, progress=False, packed=packed, fused=on_gpu)
         loop = Loop(model)
-        if packed:
-            loop.attention = make_attention("cpu")
-        found.append(group.all_gather(loop.logits(ids, chunk=17))[:, : model.vocab.vocab_size].numpy())
+        loop.attention = make_attention(attention)
+        found.append(group.all_gather(loop.logits(ids, chunk=17))[:, : model.vocab.vocab_size].cpu().numpy())
     return found
 
 
@@ -47,7 +54,7 @@ def answers(
     group: TPGroup, paths: Sequence[Path], requests: list[tuple[list[int], SamplingParams]], options: dict[str, Any]
 ) -> list[tuple[list[Answer], int, int]]:
     """Of an engine for each model, which serves all requests at once; times it preempted, and prompt tokens cached."""
-    return [_serve(Engine(EngineConfig(str(path), device="cpu", **options), group), requests) for path in paths]
+    return [_serve(Engine(EngineConfig(str(path), **{"device": "cpu"} | options), group), requests) for path in paths]
 
 
 def _serve(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> tuple[list[Answer], int, int]:

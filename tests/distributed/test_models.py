@@ -10,6 +10,7 @@ from typing import Any
 import model_bodies as bodies
 import numpy as np
 import pytest
+import torch
 from checkpoints import ARCHITECTURES, CONFIGS, VOCAB, write_folder, write_gguf
 from worlds import run_world
 
@@ -108,16 +109,47 @@ needs_extension = pytest.mark.skipif(not cpu.available(), reason="needs the C++ 
 @pytest.mark.parametrize("size", [2, 8])
 def test_ranks_with_packed_weights_give_the_logits_of_one(models: list[Path], size: int) -> None:
     """Blocks of GGUF stay packed where a slice has whole ones; the layers run one by one, and one rank's in C++."""
-    expected = bodies.logits(ONE, models, IDS, True)
-    for path, ours, one in zip(models, run_world(size, bodies.logits, models, IDS, True)[0], expected, strict=True):
+    expected = bodies.logits(ONE, models, IDS, "cpu")
+    for path, ours, one in zip(models, run_world(size, bodies.logits, models, IDS, "cpu")[0], expected, strict=True):
         assert error(ours, one) < 1e-5, path
 
 
 @needs_extension
 def test_smollm2_on_three_ranks_keeps_its_greedy_tokens(smollm2: Path) -> None:
     """9 attention heads and 3 key-value heads; what transformers answers."""
-    greedy = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+    greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
     requests = [(case["prompt_token_ids"], greedy) for case in EXPECTED["cases"]]
-    expected = [case["output_token_ids"] for case in EXPECTED["cases"]]
+    expected = [case["output_token_ids"][:16] for case in EXPECTED["cases"]]
     for rank in run_world(3, bodies.answers, [smollm2], requests, {"num_pages": 200, "max_running": 8}):
         assert [tokens for tokens, *_ in rank[0][0]] == expected
+
+
+gpus = pytest.mark.parametrize("size", [n for n in (2, 4, 8) if n <= torch.cuda.device_count()] or [2])
+enough = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.cuda
+@enough
+@gpus
+def test_gpus_give_the_logits_of_one(models: list[Path], size: int) -> None:
+    """Through NCCL, the range form of the embedding's kernel and the fused layers, in float32."""
+    (expected,) = run_world(1, bodies.logits, models, IDS, "triton", True, device="cuda")
+    first, *others = run_world(size, bodies.logits, models, IDS, "triton", True, device="cuda")
+    for path, ours, one in zip(models, first, expected, strict=True):
+        assert error(ours, one) < 1e-5, path
+    for rank in others:
+        assert all(np.array_equal(a, b) for a, b in zip(rank, first, strict=True))
+
+
+@pytest.mark.cuda
+@enough
+@gpus
+def test_gpus_give_the_tokens_of_one(models: list[Path], size: int) -> None:
+    """The whole engine, decodes and their samplers from CUDA graphs."""
+    folders = [path for path in models if path.name in CONFIGS]
+    options = OPTIONS | {"device": "cuda", "dtype": "float32", "attention": "triton"}
+    (expected,) = run_world(1, bodies.answers, folders, REQUESTS, options, device="cuda")
+    for rank in run_world(size, bodies.answers, folders, REQUESTS, options, device="cuda"):
+        for (ours, *counts), (one, *their_counts) in zip(rank, expected, strict=True):
+            check_answers(ours, one)
+            assert counts == their_counts

@@ -75,7 +75,10 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def summand(tp: TPGroup, x: Tensor, width: int) -> Tensor:
-    """Memory [T, width] for a rank's part of a sum over the ranks, such that adding it up needs no copy if possible."""
+    """Memory [T, width] for a rank's part of a sum over the ranks, such that adding it up needs no copy if possible.
+
+    The next call may give the same memory: whoever needs the sum for longer copies it.
+    """
     out = tp.workspace((x.shape[0], width), x.dtype)
     return x.new_empty(x.shape[0], width) if out is None else out
 
