@@ -6,7 +6,7 @@ import argparse
 import importlib
 
 HELP = "measure this machine"
-ACTIONS = ("env", "kernels", "index", "store", "attention", "tune")  # modules of `minisgl.cli.lab`
+ACTIONS = ("env", "kernels", "index", "store", "attention", "request", "tune")  # modules of `minisgl.cli.lab`
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

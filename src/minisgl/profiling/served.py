@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import tempfile
@@ -16,8 +15,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from minisgl.config import EngineConfig
+from minisgl.engine import lead
 from minisgl.engine.engine import Engine
-from minisgl.engine.process import ENGINE, EngineLike
 from minisgl.engine.runner import StepHandle
 from minisgl.engine.scheduler import ScheduledBatch
 from minisgl.messages import Profiled
@@ -113,27 +112,23 @@ def route(engine: Engine) -> str:
 class CapturedEngine:
     """An engine for `engine.process` that also answers `Profile`: everything else goes to the engine itself."""
 
-    def __init__(self, made: EngineLike) -> None:
-        self._made = made
-        local = made if isinstance(made, Engine) else getattr(made, "engine", None)
-        self._capture = EngineCapture(local) if isinstance(local, Engine) else None
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._capture = EngineCapture(engine)
         self._folder = ""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._made, name)
+        return getattr(self._engine, name)
 
     def profile(self, folder: str | None) -> Profiled:
         """Begins a capture, or with None ends it and writes its trace."""
-        if self._capture is None:
-            return Profiled(error="this kind of engine can't be captured")
         if folder is not None:
             self._folder = folder
             self._capture.start()
             return Profiled()
         spans, dropped = self._capture.stop()
-        engine = self._capture.engine
-        config = engine.config
-        facts = {"route": route(engine), "device": config.device, "dtype": config.dtype, "dropped": dropped}
+        config = self._engine.config
+        facts = {"route": route(self._engine), "device": config.device, "dtype": config.dtype, "dropped": dropped}
         path = Path(self._folder) / f"engine-{os.getpid()}.json"
         try:
             return Profiled(path=str(write_trace(path, spans, facts)))
@@ -143,5 +138,4 @@ class CapturedEngine:
 
 def make_engine(config: EngineConfig) -> CapturedEngine:
     """The engine that `serve` would start, made to be captured."""
-    module, _, attribute = ENGINE.partition(":")
-    return CapturedEngine(getattr(importlib.import_module(module), attribute)(config))
+    return CapturedEngine(lead.make_engine(config))
