@@ -125,7 +125,7 @@ def test_index_and_store_take_other_dtypes() -> None:
 def test_index_serves_zeros_for_ids_out_of_range() -> None:
     table = torch.randn(10, 64, device=CUDA)
     ids = torch.tensor([-1, 0, 9, 10, -(2**31), 2**31 - 1], dtype=torch.int32, device=CUDA)
-    for version in ("v1", "v2"):
+    for version in (v.name for v in registry()["index"].versions):
         out = torch.full((6, 64), float("nan"), device=CUDA)
         index(out, table, ids, version=version)
         assert torch.equal(out[1:3], table[[0, 9]]) and not out[[0, 3, 4, 5]].any()
@@ -135,10 +135,11 @@ def test_index_serves_zeros_for_ids_out_of_range() -> None:
 
 @pytest.mark.cuda
 def test_store_ignores_slots_out_of_range() -> None:
-    for version in ("v1", "v2"):
+    spec = registry()["store"]
+    for version in (v.name for v in spec.versions):
         caches = torch.zeros(2, 4, 2, 64, device=CUDA)
         k, v = torch.randn(2, 4, 2, 64, device=CUDA)
-        store(caches[0], caches[1], k, v, torch.tensor([4, -1, 2, 2**31 - 1], device=CUDA), version=version)
+        spec.run(caches[0], caches[1], k, v, torch.tensor([4, -1, 2, 2**31 - 1], device=CUDA), version=version)
         assert torch.equal(caches[:, 2], torch.stack((k[2], v[2]))) and not caches[:, [0, 1, 3]].any()
 
 

@@ -35,7 +35,7 @@ class Version:
 
     `supports` returns None where the version works, else the reason why not. `prepare` settles everything but the
     tensors for a device, dtype and shape; `builds` are typical compilations, which CI makes for every architecture.
-    `fixed`: it ignores the configuration.
+    `fixed`: sweeps over configurations leave it out.
     """
 
     name: str
@@ -185,6 +185,12 @@ def nothing(*_: object) -> None:
 def fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
     """`supports` of a version that serves every call which passed the checks."""
     return None
+
+
+def whole_vectors(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
+    """`supports` of a version that moves 16 bytes at a time and nothing else."""
+    vec = shape.get("vec", 16)
+    return None if vec == 16 else f"addresses, strides or rows are multiples of {vec} bytes; expected 16"
 
 
 @cache

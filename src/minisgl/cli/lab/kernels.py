@@ -69,7 +69,7 @@ def check(spec: KernelSpec, version: Version, record: Record, args: argparse.Nam
     rows = []
     for dtype in spec.tolerance:
         for shape in spec.cases[:2] if args.quick else spec.cases:
-            reason = version.supports(where, dtype, {**dict.fromkeys(spec.sizes, 1), **shape})
+            reason = version.supports(where, dtype, {**dict.fromkeys(spec.sizes, 16), **shape})
             row = None if reason else _row(spec, version, shape, dtype, record, args.seed)
             if row is not None:
                 rows.append(row)

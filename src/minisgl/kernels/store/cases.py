@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minisgl.kernels.spec import FLOATS, KernelSpec, Shape, register
-from minisgl.kernels.store.ladder import VERSIONS
+from minisgl.kernels.store.ladder import VERSIONS, store_sorted
 from minisgl.kernels.store.op import KERNEL, store
 from minisgl.kernels.tuning import Config
 
@@ -58,10 +58,20 @@ def _inputs(
 
 
 _QWEN = {"heads": 8, "head_dim": 128, "slots": 262_144}
+
+
+def _run(*args: Tensor, version: str | None = None, config: Config | None = None) -> None:
+    """As `store`, and the version that is more than a launch."""
+    if version == "sorted":
+        store_sorted(*args)
+    else:
+        store(*args, version=version, config=config)
+
+
 SPEC = register(
     KernelSpec(
         name=KERNEL.name,
-        run=store,
+        run=_run,
         reference=_reference,
         library=_library,
         versions=(*KERNEL.versions, *VERSIONS),

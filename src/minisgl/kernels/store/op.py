@@ -37,7 +37,7 @@ def store(
 @by_layout
 def _plan(tensors: tuple[Tensor, ...], version: str | None, config: Config | None) -> Run:
     k_cache, v_cache, k, v, slots = tensors
-    _check(k_cache, v_cache, k, v, slots)
+    check_arguments(k_cache, v_cache, k, v, slots)
     device = check.cuda(k_cache=k_cache, v_cache=v_cache, k=k, v=v, slots=slots)
     if not k.numel():
         return nothing
@@ -54,7 +54,8 @@ def _plan(tensors: tuple[Tensor, ...], version: str | None, config: Config | Non
     return run
 
 
-def _check(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+def check_arguments(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Checks all but the device."""
     check.dims("k_cache", k_cache, 3, "[slots, Hkv, D]")
     check.dims("slots", slots, 1, "[T]")
     check.dtype("slots", slots, check.IDS)

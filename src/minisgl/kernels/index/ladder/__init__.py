@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from minisgl.kernels import check
 from minisgl.kernels.index.op import build_for
-from minisgl.kernels.nvrtc import prepare
-from minisgl.kernels.spec import Run, Shape, Version, fits
+from minisgl.kernels.nvrtc import Build, prepare
+from minisgl.kernels.spec import Run, Shape, Version, fits, whole_vectors
 from minisgl.kernels.tuning import Config
 
 
@@ -18,4 +20,20 @@ def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     return prepare(build, device, check.num_blocks(shape["tokens"] * splits * 32, 128), 128, pdl=False)
 
 
-VERSIONS = (Version("v1", "cuda", fits, _v1, (build_for("v1", 8192, 16, 4, SPLITS=4),), fixed=True),)
+def _v3_build(row_bytes: int, id_bytes: int, lanes: int, work: int, keep: int) -> Build:
+    return build_for("v3", row_bytes, 16, id_bytes, LANES=lanes, WORK=work, KEEP=keep)
+
+
+def _v3(keep: int, device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
+    row_bytes = shape["width"] * dtype.itemsize
+    lanes, work, pieces = check.split_row(row_bytes // 16, config.work)
+    blocks = check.num_blocks(shape["tokens"] * pieces * lanes, config.threads)
+    build = _v3_build(row_bytes, shape["id_bytes"], lanes, work, keep)
+    return prepare(build, device, blocks, config.threads, config.pdl)
+
+
+VERSIONS = (
+    Version("v1", "cuda", fits, _v1, (build_for("v1", 8192, 16, 4, SPLITS=4),), fixed=True),
+    Version("v3", "cuda", whole_vectors, partial(_v3, 0), (_v3_build(8192, 4, 32, 4, 0),), fixed=True),
+    Version("v3 keep", "cuda", whole_vectors, partial(_v3, 1), (_v3_build(80, 8, 8, 1, 1),), fixed=True),
+)
