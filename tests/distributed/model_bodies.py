@@ -54,7 +54,10 @@ def answers(
     group: TPGroup, paths: Sequence[Path], requests: list[tuple[list[int], SamplingParams]], options: dict[str, Any]
 ) -> list[tuple[list[Answer], int, int]]:
     """Of an engine for each model, which serves all requests at once; times it preempted, and prompt tokens cached."""
-    return [_serve(Engine(EngineConfig(str(path), **{"device": "cpu"} | options), group), requests) for path in paths]
+    return [
+        _serve(Engine(EngineConfig(str(path), **{"device": "cpu", "tp_size": group.size} | options), group), requests)
+        for path in paths
+    ]
 
 
 def _serve(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> tuple[list[Answer], int, int]:

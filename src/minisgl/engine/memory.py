@@ -19,9 +19,13 @@ MIB = 1 << 20
 
 
 def _activation_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-    """A generous guess of what one step allocates: a few tensors of each width, and logits in fp32 four times."""
+    """A generous guess of what one step allocates: a few tensors of each width, and logits in fp32 four times.
+
+    Ranks share the inner widths. Not the logits: where filters need it, each has those of the whole vocabulary.
+    """
     assert config.max_batched_tokens is not None and config.max_running is not None
-    width = 6 * model.hidden_size + 4 * model.intermediate_size + 4 * model.num_heads * model.head_dim
+    inner = model.intermediate_size + model.num_heads * model.head_dim
+    width = 6 * model.hidden_size + 4 * inner // config.tp_size
     return config.max_batched_tokens * width * dtype.itemsize + 16 * config.max_running * model.vocab_size
 
 
