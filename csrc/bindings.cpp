@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string_view.h>
 
 #include <algorithm>
 #include <optional>
@@ -10,6 +11,7 @@
 #include <string>
 #include <string_view>
 
+#include "profiling/compare_arms.hpp"
 #include "radix/compare.hpp"
 #include "radix/radix_tree.hpp"
 
@@ -115,6 +117,15 @@ NB_MODULE(_C, module) {
             return minisgl::common_prefix(first.span(), second.span());
         },
         "a"_a, "b"_a, "The number of leading elements that two int32 buffers share.");
+    module.def(
+        "compare_by",
+        [](std::string_view arm, nb::handle a, nb::handle b) {
+            const Int32View first(a, "a"), second(b, "b");
+            return minisgl::profiling::compare_by(arm, first.span(), second.span());
+        },
+        "arm"_a, "a"_a, "b"_a, "common_prefix by one of the laboratory's arms; see csrc/profiling.");
+    module.def("compare_ns", &minisgl::profiling::compare_ns, "arm"_a, "size"_a, "calls"_a,
+               "Nanoseconds a comparison of `size` equal ids takes by that arm.");
     nb::class_<PrefixCache>(module, "PrefixCache", "The radix tree of csrc/radix; see minisgl.cache.base.PrefixCache.")
         .def(nb::init<std::int64_t>(), "page_size"_a)
         .def_prop_ro("page_size", [](PrefixCache& self) { return self.tree().page_size(); })

@@ -6,7 +6,8 @@ import argparse
 import importlib
 
 HELP = "measure this machine"
-ACTIONS = ("env", "kernels", "index", "store", "attention", "request", "tune")  # modules of `minisgl.cli.lab`
+# Modules of `minisgl.cli.lab`.
+ACTIONS = ("env", "kernels", "index", "store", "attention", "request", "tune", "rulings")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

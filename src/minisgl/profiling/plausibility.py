@@ -67,7 +67,9 @@ def _check_fraction(figure: Figure, gbps: Range | None, ceiling: float | None) -
             f"GB/s{stated}, {_percent(share)}"
         )
         if figure.bytes is not None and share[1] < 0.5:
-            text += f"; the bytes need {figure.bytes / ceiling / 1e3:.2f} µs at that rate, so the launch binds, not memory"
+            text += (
+                f"; the bytes need {figure.bytes / ceiling / 1e3:.2f} µs at that rate, so the launch binds, not memory"
+            )
         yield Finding(figure.id, "inconsistent", text)
 
 

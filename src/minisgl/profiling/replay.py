@@ -31,8 +31,8 @@ def _time_us(graph: torch.cuda.CUDAGraph) -> float:
     return float(start.elapsed_time(end)) * 1e3
 
 
-def replay_us(calls: Sequence[Callable[[], object]], samples: int = 15) -> list[float]:
-    """Microseconds a call, for each of `samples` replays of a graph of all `calls` in a row, over again if need be."""
+def replayer(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
+    """Captures all `calls` in a row, over again if need be; what it returns replays them: microseconds a call."""
     calls[0]()  # compiles and allocates what a capture must not
     graph = _graph(calls)
     _time_us(graph)
@@ -40,7 +40,13 @@ def replay_us(calls: Sequence[Callable[[], object]], samples: int = 15) -> list[
     repeats = max(min(wanted, MOST_CALLS // len(calls)), 1)
     if repeats > 1:
         graph = _graph([*calls] * repeats)
-    return [_time_us(graph) / (len(calls) * repeats) for _ in range(samples + 2)][2:]
+    return lambda: _time_us(graph) / (len(calls) * repeats)
+
+
+def replay_us(calls: Sequence[Callable[[], object]], samples: int = 15) -> list[float]:
+    """Microseconds a call, for each of `samples` replays of a graph of all `calls`, after two that don't count."""
+    take = replayer(calls)
+    return [take() for _ in range(samples + 2)][2:]
 
 
 def cold_copies(spec: KernelSpec, shape: Shape, dtype: torch.dtype, most: int = 4096) -> int:

@@ -108,7 +108,7 @@ def interleave(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
     """
     samples: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds + 1):
-        for name in list(arms) if number % 2 else reversed(arms):
+        for name in list(arms)[:: 1 if number % 2 else -1]:
             taken = arms[name]()
             if number:
                 samples[name].append(taken)

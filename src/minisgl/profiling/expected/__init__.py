@@ -1,4 +1,4 @@
-"""What others say: reference figures and claims, as data with their source. Nothing here was measured by this project."""
+"""What others say: reference figures and claims, as data with their source. None of it was measured here."""
 
 from __future__ import annotations
 
@@ -62,9 +62,53 @@ class Reference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return None if figure.ceiling is None else float(self.hardware[figure.ceiling])
 
 
+class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A call of a kernel; what isn't given is the kernel's own choice, and the sizes of its first benchmark."""
+
+    kernel: str
+    version: str | None = None
+    case: dict[str, Any] = {}
+    threads: int | None = None
+    work: int | None = None
+    pdl: bool | None = None
+
+
+class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One side of an A/B measurement: calls one after another, or a path or options that its experiment knows."""
+
+    name: str
+    calls: list[Call] = []
+    path: str = ""
+    options: dict[str, Any] = {}
+
+
+class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A statement to rule on: how much faster B is than A, as time of A / time of B - 1.
+
+    Args:
+        gain: the least and the most that is claimed; None is no bound.
+        experiment: the name of what measures it, in `experiments.py`; cases: sizes to measure it at.
+    """
+
+    id: str
+    text: str
+    gain: tuple[float | None, float | None]
+    experiment: str
+    a: Arm
+    b: Arm
+    cases: list[dict[str, Any]]
+
+
+@cache
+def load_claims() -> list[Claim]:
+    """All claims, in the order of the report."""
+    return msgspec.json.decode((files(__name__) / "claims.json").read_bytes(), type=list[Claim])
+
+
 def references() -> list[str]:
-    """The names of the sets that there are."""
-    return sorted(path.stem(path) for path in files(__name__).iterdir())
+    """The names of the sets of figures that there are."""
+    names = (path.name for path in files(__name__).iterdir())
+    return sorted({name.removesuffix(".json") for name in names if name.endswith(".json")} - {"claims"})
 
 
 @cache
