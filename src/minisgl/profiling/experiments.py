@@ -68,10 +68,12 @@ def _bound_calls(call: Call, case: Case) -> list[Callable[[], object]]:
     shape = {**spec.bench[0], **case, **call.case}
     if isinstance(order := shape.get("order"), str):
         shape["order"] = ORDERS.index(order)
+    options: dict[str, Any] = {"version": call.version} if call.version else {}
     changes = {name: getattr(call, name) for name in ("threads", "work", "pdl") if getattr(call, name) is not None}
-    config = dataclasses.replace(choose(spec.name, 0, spec.cost(shape, DTYPE)[0]), **changes)
+    if changes:
+        options["config"] = dataclasses.replace(choose(spec.name, 0, spec.cost(shape, DTYPE)[0]), **changes)
     inputs = rotated_inputs(spec, shape, DTYPE, cold_copies(spec, shape, DTYPE, most=1024))
-    return [lambda args=args: spec.run(*args, version=call.version, config=config) for args in inputs]  # type: ignore[misc]
+    return [lambda args=args: spec.run(*args, **options) for args in inputs]  # type: ignore[misc]
 
 
 # -- the prefix comparison -------------------------------------------------------------------------------------------
