@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "llm": _ENGINE | {"text"},
     "": frozenset({"types", "llm"}),
     "server": _SERVER,
-    "profiling": _ENGINE | {"text", "llm", ""},
+    "profiling": _ENGINE | {"text", "llm", "_C", ""},
     "cli": _ENGINE | _SERVER | {"llm", "profiling", ""},
     "__main__": frozenset({"cli"}),
 }
