@@ -49,8 +49,8 @@ class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """API process to engine: end now; requests still running are dropped."""
 
 
-class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one request gained in a step. The one with a `finish` is its last."""
+class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """What one request gained in a step. The one with a `finish` is its last. Hundreds a step: hidden from Python's gc."""
 
     id: str
     tokens: list[int]

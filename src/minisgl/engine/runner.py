@@ -60,6 +60,7 @@ class ModelRunner:
         self.rows = DeviceRows(num_rows, -(-max_tokens // pool.page_size), pool.dummy_page, self.device)
         self.states: dict[int, RowState] = {}  # by row
         self._unsampled: set[int] = set()  # rows whose next input isn't their `last_token`: prompts in chunks
+        self._special: set[int] = set()  # rows that sample in another way than PLAIN, or did when they were last used
         self.graphs: DecodeGraphs | None = None
         self.prompt_logprobs: dict[str, list[TokenLogprob]] = {}  # by request, to be taken with its first token
 
@@ -72,7 +73,9 @@ class ModelRunner:
         """Starts a step. On a CUDA device it returns before the step has run."""
         if batch.admitted:
             self._admit(batch.admitted)
-        requests = [r for r, s in zip(batch.requests, batch.samples, strict=True) if s]
+        requests = batch.requests
+        if not all(batch.samples):
+            requests = [r for r, s in zip(requests, batch.samples, strict=True) if s]
         handle = StepHandle(batch, requests)
         if self.graphs is not None and self._is_plain_decode(batch):
             self._launch_graph(handle, self.graphs)
@@ -93,7 +96,8 @@ class ModelRunner:
         lines = []
         for request in requests:
             seed = request.params.seed if request.params.seed is not None else hash((self.seed, request.arrival))
-            self.states[request.row] = RowState(request, self.model.vocab, self.device)
+            state = self.states[request.row] = RowState(request, self.model.vocab, self.device)
+            (self._special.add if state.way else self._special.discard)(request.row)
             self.rows.admit(request)
             self._unsampled.add(request.row)
             lines.append(param_words(request, seed))
@@ -112,7 +116,7 @@ class ModelRunner:
 
     def _launch_graph(self, handle: StepHandle, graphs: DecodeGraphs) -> None:
         requests = handle.requests
-        way = max(self.states[r.row].way for r in requests)
+        way = max(self.states[r.row].way for r in requests) if self._special else Way.PLAIN
         with span("forward"):
             step = graphs.replay(self.upload, requests, max(handle.batch.starts) + 1, way)
         with span("sample"):

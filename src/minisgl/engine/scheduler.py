@@ -122,11 +122,12 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Chooses the next step's tokens. The batch may be empty: nothing to do, or a step must be collected first."""
         batch = ScheduledBatch(self.step)
-        budget = self._schedule_decodes(batch)
+        behind = self._schedule_decodes(batch)
         batch.num_decodes = len(batch.requests)
+        budget = self.max_batched_tokens - batch.num_decodes
         chunks: list[tuple[Request, int]] = []
-        for request in self.running:
-            if budget and request.num_total - request.num_computed > 1:
+        for request in behind:
+            if budget and request.status is RequestStatus.RUNNING:
                 budget = self._chunk(chunks, request, budget)
         if budget and self.waiting and not batch.stalled and not batch.preempted:
             self._admit(batch, chunks, budget)
@@ -139,18 +140,31 @@ class Scheduler:
             self.ledger.cache_prefix(request)
         return batch
 
-    def _schedule_decodes(self, batch: ScheduledBatch) -> int:
-        """One token for every request that wants just one. This loop is most of a decode step's host time."""
-        page_size = self.page_size
+    def _schedule_decodes(self, batch: ScheduledBatch) -> list[Request]:
+        """One token for every request that wants just one; those that want more are returned.
+
+        This loop is a good part of a decode step's host time.
+        """
+        behind = []
+        page_size, step, requests, starts = self.page_size, self.step, batch.requests, batch.starts
         for request in self.running.copy():
             total = len(request.tokens) + request.num_pending
             start = request.num_computed
             if total - start != 1 or total >= request.max_total:
+                if total - start > 1:
+                    behind.append(request)
                 continue  # a prompt in chunks, or all its tokens are in flight
             if start >= len(request.pages) * page_size and not self._grow(request, batch):
                 continue
-            self._append(batch, request, 1)
-        return self.max_batched_tokens - len(batch.requests)
+            requests.append(request)
+            starts.append(start)
+            request.num_computed = total
+            request.num_pending += 1
+            request.last_step = step
+        count = len(requests)
+        batch.counts, batch.samples = [1] * count, [True] * count
+        batch.output_index = [start + 1 - r.num_prompt for start, r in zip(starts, requests, strict=True)]
+        return behind
 
     def _append(self, batch: ScheduledBatch, request: Request, count: int) -> None:
         start = request.num_computed
@@ -249,13 +263,15 @@ class Scheduler:
             The requests that gained a token, with the reason if it was their last.
         """
         gained: list[tuple[Request, FinishReason | None]] = []
-        sampled = (r for r, s in zip(batch.requests, batch.samples, strict=True) if s)
+        finished = RequestStatus.FINISHED
+        sampled = batch.requests
+        if len(tokens) < len(sampled):
+            sampled = [r for r, s in zip(sampled, batch.samples, strict=True) if s]
         for request, token in zip(sampled, tokens, strict=True):
-            if request.status is RequestStatus.FINISHED:
+            if request.status is finished:
                 continue
             request.num_pending -= 1
             request.tokens.append(token)
-            self.output_tokens += 1
             reason = None
             if token in request.stop_ids:
                 reason = FinishReason.STOP
@@ -264,6 +280,7 @@ class Scheduler:
             gained.append((request, reason))
             if reason is not None:
                 self.finish(request, reason)
+        self.output_tokens += len(gained)
         self.ledger.collected(batch.step)
         return gained
 

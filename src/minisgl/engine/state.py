@@ -95,10 +95,10 @@ class DeviceRows:
 
     def decode_words(self, requests: Sequence[Request], words: np.ndarray) -> None:
         """Fills `words` [3, R], see `kernels.prepare`, for requests that decode: they gained one page at most."""
-        known = self._known
-        for i, request in enumerate(requests):
-            row, held = request.row, len(request.pages)
-            words[0, i] = row
+        known, rows = self._known, [r.row for r in requests]
+        words[0, : len(rows)] = rows
+        for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
+            held = len(request.pages)
             if known[row] != held:
                 assert held - known[row] == 1
                 words[1:, i] = held - 1, request.pages[-1]

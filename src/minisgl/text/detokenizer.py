@@ -57,7 +57,13 @@ class ByteLevelDetokenizer(Detokenizer):
 
     def push(self, ids: Iterable[int]) -> str:
         token_bytes, skipped = self._tokenizer.token_bytes, self._skipped
-        return self._decoder.decode(b"".join([token_bytes(i) for i in ids if i not in skipped]))
+        data = b"".join([token_bytes(i) for i in ids if i not in skipped])
+        if not self._decoder.getstate()[0]:  # no character is half read: what is in C may do
+            try:
+                return data.decode()
+            except UnicodeDecodeError:
+                pass
+        return self._decoder.decode(data)
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)

@@ -92,8 +92,9 @@ class _Stream:
     def advance(self, output: TokenOutput) -> TextDelta:
         """What `output` adds; its `finish_reason` is set if the request ends with it."""
         before = self.num_output
-        self.num_cached = max(self.num_cached, output.num_cached)
-        stop_id = self._stop_id(output)
+        if output.num_cached > self.num_cached:
+            self.num_cached = output.num_cached
+        stop_id = self._stop_id(output) if output.finish is not None else None
         text, stop = self._read(output.tokens if stop_id is None else output.tokens[:-1])
         if stop is None and stop_id is not None:
             self.num_output += 1
@@ -104,8 +105,8 @@ class _Stream:
         return TextDelta(
             self.id,
             text,
-            token_ids=list(output.tokens[:counted]),
-            logprobs=list(output.logprobs[:counted]),
+            token_ids=output.tokens[:counted],
+            logprobs=output.logprobs[:counted],
             prompt_logprobs=output.prompt_logprobs,
             finish_reason=output.finish if stop is None else FinishReason.STOP,
             stop_reason=stop_id if stop is None else stop,

@@ -23,6 +23,8 @@ class StopMatcher:
             text: new text.
             armed: whether a stop string that `text` completes counts; if not, it passes as text.
         """
+        if not self._stops:
+            return text, None
         held, scan = len(self._held), self._held + text
         if armed and text:
             found = []
