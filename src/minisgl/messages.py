@@ -50,7 +50,7 @@ class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
 
 
 class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """What one request gained in a step. The one with a `finish` is its last. Hundreds a step: hidden from Python's gc."""
+    """What one request gained in a step; the one with a `finish` is its last. Python's gc passes them over."""
 
     id: str
     tokens: list[int]
