@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,39 +14,44 @@ from minisgl.profiling.record import Record
 from minisgl.profiling.roofline import crossover_size
 from minisgl.profiling.sweep import Variant, library, measure, versions
 
-TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
+TOKENS = (1, 64, 256, 1024, 4096, 16384)
 VOCAB, SLOTS = {"cuda": 151_936, "cpu": 16_384}, {"cuda": 262_144, "cpu": 32_768}
-Job = tuple[Shape, torch.dtype, bool]  # with every configuration
+
+
+class Job(NamedTuple):
+    """One shape to measure, with every configuration of the versions that have any, and every step of the ladder."""
+
+    shape: Shape
+    dtype: torch.dtype = torch.float16
+    configs: bool = False
+    ladder: bool = True
 
 
 def index_jobs(device: str, quick: bool) -> list[Job]:
     """Batches, row widths, dtypes, repeated ids; one width with all configurations."""
     if quick:
-        sizes = [({"tokens": n, "width": 1024, "vocab": VOCAB[device]}, torch.bfloat16) for n in (1, 64, 1024)]
-        return [(shape, dtype, False) for shape, dtype in sizes]
+        return [Job({"tokens": n, "width": 1024, "vocab": VOCAB[device]}, torch.bfloat16) for n in (1, 64, 1024)]
     jobs: list[Job] = []
+    widest = 4096 if device == "cuda" else 1024
     for n in TOKENS if device == "cuda" else TOKENS[:-2]:
-        for width in (1024, 4096, 8192) if device == "cuda" else (1024,):
-            shape = {"tokens": n, "width": width, "vocab": VOCAB[device]}
-            jobs.append((shape, torch.float16, width == 4096))
-            if width != 8192:
-                jobs.append((shape, torch.bfloat16, False))
-        if n >= 256:
-            repeated = {"tokens": n, "width": 4096 if device == "cuda" else 1024, "vocab": VOCAB[device]}
-            jobs.append(({**repeated, "distinct": 64}, torch.float16, False))
+        shape = {"tokens": n, "width": widest, "vocab": VOCAB[device]}
+        jobs += [Job(shape, configs=True), Job(shape, torch.bfloat16, ladder=False), Job({**shape, "width": 512})]
+        if n >= 1024:
+            jobs.append(Job({**shape, "distinct": 64}))
     return jobs
 
 
 def store_jobs(device: str, quick: bool) -> list[Job]:
-    """Tokens, KV widths, and orders of slots; one width with all configurations."""
+    """Tokens, KV widths, and orders of slots; one width with all configurations, at random slots."""
     tokens = (1, 256, 1024) if quick else TOKENS if device == "cuda" else TOKENS[:-2]
-    heads = (8,) if quick or device == "cpu" else (2, 8, 16)
     jobs: list[Job] = []
     for n in tokens:
-        for kv_heads in heads:
-            for order in range(len(ORDERS)):
+        for kv_heads in (8,) if quick or device == "cpu" else (8, 2):
+            for order, name in enumerate(ORDERS):
                 shape = {"tokens": n, "heads": kv_heads, "head_dim": 128, "slots": SLOTS[device], "order": order}
-                jobs.append((shape, torch.float16, not quick and kv_heads == 8 and order == 0))
+                main = kv_heads == 8 and name == "random"
+                if kv_heads == 8 or name in ("random", "sequential"):
+                    jobs.append(Job(shape, configs=main and not quick, ladder=main or name == "sequential"))
     return jobs
 
 
@@ -59,8 +64,9 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Rows of every job: a copy, torch's operator, `extra(shape, dtype)`, and each version that runs here."""
     rows: list[dict[str, Any]] = []
-    for shape, dtype, configs in jobs:
-        variants = [library(spec), *extra(shape, dtype), *versions(spec, shape, dtype, record, configs)]
+    for shape, dtype, configs, ladder in jobs:
+        ours = versions(spec, shape, dtype, record, configs, most=None if ladder else 2)
+        variants = [library(spec), *extra(shape, dtype), *ours]
         rows += measure(spec, shape, dtype, variants, record.ceilings, samples=5 if record.quick else 9)
         advance()
     return rows

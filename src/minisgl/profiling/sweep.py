@@ -35,14 +35,16 @@ def library(spec: KernelSpec) -> Variant:
     return Variant("torch", spec.library)
 
 
-def versions(spec: KernelSpec, shape: Shape, dtype: torch.dtype, record: Record, configs: bool) -> list[Variant]:
-    """The versions that run here, with their tuned configuration or with each of `spec.configs`.
+def versions(
+    spec: KernelSpec, shape: Shape, dtype: torch.dtype, record: Record, configs: bool, most: int | None = None
+) -> list[Variant]:
+    """The versions that run here (of the first `most`), tuned, and if asked with each of `spec.configs`.
 
     On a GPU that has dependent launch the preferred version comes without it as well. What can't run is noted in
     `record`.
     """
     hardware, found = detect(), []
-    for version in spec.versions:
+    for version in spec.versions[:most]:
         reason = None
         if version.kind != "cpu" and hardware.cuda is None:
             reason = f"needs an NVIDIA GPU: {hardware.no_cuda_reason}"

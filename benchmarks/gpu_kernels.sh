@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# All that concerns the kernels and needs a GPU, with what it printed kept in a folder:
+#
+#     benchmarks/gpu_kernels.sh OUT [STEP ...]
+#
+# Steps, in this order unless named: tests memcheck racecheck env kernels index store attention bench tune.
+# PYTHON names the interpreter (default: .venv/bin/python, or python3), which must find minisgl. The steps go on after
+# one has failed; the exit code is 1 if any did. OUT gets a log a step, the records, the tuning table, and times.txt.
+set -u
+
+out=$(mkdir -p "${1:?usage: gpu_kernels.sh OUT [STEP ...]}" && cd "$1" && pwd) || exit 2
+shift
+steps=${*:-tests memcheck racecheck env kernels index store attention bench tune}
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+failed=0
+
+# Every allocation by itself, so that a byte beyond a tensor is a byte beyond an allocation.
+sanitize() {
+    if [ -z "$sanitizer" ]; then
+        echo "skipped: compute-sanitizer isn't installed"
+        return 0
+    fi
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --error-exitcode 1 \
+        "$python" -m minisgl profile kernels --quick --out "$out/$1"
+}
+
+run_step() {
+    case $1 in
+        tests) "$python" -m pytest -q -m cuda tests/kernels -p no:cacheprovider ;;
+        memcheck | racecheck) sanitize "$1" ;;
+        env | kernels | index | store | attention) "$python" -m minisgl profile "$1" --out "$out" ;;
+        bench) "$python" benchmarks/bench_kernels.py --versions best ;;
+        tune) "$python" -m minisgl profile tune --output "$out/tuning.json" ;;
+        *) echo "no such step: $1" && return 2 ;;
+    esac
+}
+
+for step in $steps; do
+    began=$SECONDS
+    run_step "$step" > "$out/$step.log" 2>&1
+    code=$?
+    [ $code -eq 0 ] || failed=1
+    echo "$step: exit code $code, $((SECONDS - began)) s" | tee -a "$out/times.txt"
+    tail -n 4 "$out/$step.log"
+done
+exit $failed
