@@ -15,7 +15,8 @@ import pytest
 
 from minisgl.cli import doctor, main
 from minisgl.cli.doctor_checks import GIB, Check, diagnose, runs_on
-from minisgl.cli.doctor_facts import PACKAGES, Facts, Gpu, Store, look, probe_kernel
+from minisgl.cli.doctor_facts import PACKAGES, Facts, Gpu, Store, _comm_tables, look, probe_kernel
+from minisgl.distributed.paths import Machine, PathTable, keep_table
 from minisgl.hardware import CudaDevice
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +53,22 @@ def test_healthy_machine_has_nothing_to_mend(facts: Facts) -> None:
 
 def test_default_job_takes_the_gpu_where_there_is_one() -> None:
     assert (runs_on(LAPTOP), runs_on(SERVER)) == ("the CPU", "the GPU (NVIDIA H100)")
+
+
+def test_communication_table_is_shown_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times are made up; the way from the cached file to the page is what is tested."""
+    monkeypatch.setenv("MINISGL_CACHE", str(tmp_path))
+    assert _comm_tables() == ()
+    machine = Machine(("NVIDIA H100;GPU-1", "NVIDIA H100;GPU-2"), "580.1", "2.28.9", "2.11.0")
+    us = {
+        "one_shot": {1 << 10: 4.0, 1 << 18: 8.0, 1 << 20: 40.0},
+        "direct": {1 << 10: 19.0, 1 << 20: 30.0, 1 << 22: 60.0},
+    }
+    keep_table(PathTable(machine, us))
+    [table] = _comm_tables()
+    check = finding(replace(SERVER, comm=(table,)), "all-reduce, 2 × NVIDIA H100")
+    assert check.detail == "one_shot up to 256 KiB, direct up to 4 MiB"
+    assert not any(c.name.startswith("all-reduce") for c in diagnose(replace(LAPTOP, comm=(table,))))
 
 
 NO_GPU_FOR_TORCH = replace(SERVER, gpu=None)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from minisgl.cli.doctor_facts import PACKAGES, Facts, Gpu, Store
+from minisgl.cli.doctor_facts import PACKAGES, CommTable, Facts, Gpu, Store
 
 Status = Literal["ok", "note", "fail"]
 GIB = 1 << 30
@@ -36,6 +36,7 @@ def diagnose(facts: Facts) -> list[Check]:
     checks += [*_packages(facts), _extension(facts)]
     if facts.gpu is not None:
         checks += [_gpu_memory(facts.gpu), _kernels(facts, facts.gpu), _triton(facts)]
+        checks += [_communication(table) for table in facts.comm]
     return checks if facts.store is None else [*checks, _folder(facts.store), _model(facts.store)]
 
 
@@ -173,6 +174,16 @@ def _triton(facts: Facts) -> Check:
         text = "no C compiler, which Triton builds its launchers with: torch's own operators serve"
         return Check("Triton", "note", text, "sudo apt-get install gcc python3-dev")
     return Check("Triton", "ok", f"builds its launchers with {facts.c_compiler}")
+
+
+def _communication(table: CommTable) -> Check:
+    """Which way all-reduces go, as measured when such a group first started; `profile comm` measures anew."""
+    ways = ", ".join(f"{path} up to {_size(num_bytes)}" for num_bytes, path in table.ranges)
+    return Check(f"all-reduce, {len(table.gpus)} × {table.gpus[0]}", "ok", ways or "direct")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes >> 10} KiB" if num_bytes < 1 << 20 else f"{num_bytes >> 20} MiB"
 
 
 # -- the default job -----------------------------------------------------------------------------------------------

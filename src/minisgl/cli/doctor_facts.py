@@ -66,6 +66,14 @@ class Store:
 
 
 @dataclass(frozen=True)
+class CommTable:
+    """How all-reduces go between GPUs that a table was measured on: (largest bytes, path), small ones first."""
+
+    gpus: tuple[str, ...]  # a name for each rank
+    ranges: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
 class Facts:
     """A machine, as far as it concerns minisgl."""
 
@@ -87,6 +95,7 @@ class Facts:
     cuda_core: str | None = None
     c_compiler: str | None = None
     extension_error: str | None = None
+    comm: tuple[CommTable, ...] = ()  # of every group of GPUs that has run here
     store: Store | None = None  # None: packages that are missing are needed to look
 
 
@@ -115,6 +124,7 @@ def look() -> Facts:
         cuda_core=_version("cuda-core", "cuda"),
         c_compiler=os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
         extension_error=_import_error("minisgl._C"),
+        comm=_comm_tables(),
         store=_store(),
     )
 
@@ -220,6 +230,14 @@ def probe_kernel(capability: tuple[int, int]) -> float | str:
         return (time.perf_counter() - began) * 1e3
     except Exception as error:  # whatever it is, it is the finding
         return str(error) or type(error).__name__
+
+
+def _comm_tables() -> tuple[CommTable, ...]:
+    try:
+        from minisgl.distributed.paths import ANYWHERE, cached_tables
+    except ImportError:
+        return ()
+    return tuple(CommTable(t.machine.gpu_names, tuple(t.ranges(ANYWHERE))) for t in cached_tables())
 
 
 # -- the default job -----------------------------------------------------------------------------------------------

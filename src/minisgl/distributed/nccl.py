@@ -150,9 +150,9 @@ def _stream() -> int:
 
 
 def identity(device: torch.device) -> str:
-    """The GPU's name and UUID."""
+    """The GPU's name and UUID, as `Machine` has them."""
     properties = torch.cuda.get_device_properties(device)
-    return f"{properties.name} {getattr(properties, 'uuid', '')}".strip()
+    return f"{properties.name};{getattr(properties, 'uuid', '')}"
 
 
 def driver_version() -> str:

@@ -32,12 +32,16 @@ NEEDS["one_shot"] = "two_shot"
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the times depend on. `gpus` has the name and identity of each rank's GPU."""
+    """What the times depend on. `gpus` has the name and, after a `;`, the UUID of each rank's GPU."""
 
     gpus: tuple[str, ...]
     driver: str
     nccl: str
     torch: str
+
+    @property
+    def gpu_names(self) -> tuple[str, ...]:
+        return tuple(gpu.partition(";")[0] for gpu in self.gpus)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from minisgl.profiling.record import Record
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 OUT = Path("out/profile")
 
@@ -26,11 +25,15 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def console() -> Console:
     """Standard output; as wide as a table wants where nobody's terminal says otherwise."""
+    from rich.console import Console  # here, since `minisgl doctor` must come to where rich is missing
+
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Prints a table; columns whose name doesn't end in a colon are numbers, to the right."""
+    from rich.table import Table
+
     page = Table(title=title, title_justify="left", title_style="bold")
     for name in columns:
         page.add_column(name.rstrip(":"), justify="left" if name.endswith(":") else "right")
@@ -42,6 +45,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar on standard error where a person watches; yields the function to call after each of `total` pieces."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
