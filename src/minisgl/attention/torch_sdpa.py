@@ -29,6 +29,14 @@ class Piece:
     causal: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Half:
+    """A layer's keys, or its values."""
+
+    pages: Tensor  # [pages, page_size, kv_heads, head_dim]
+    scale: Tensor | None = None  # [kv_heads] float32: what they were divided by
+
+
 @dataclass(slots=True)
 class Plan:
     """What layers share: the page table on the host where it is there anyway, and pieces by window."""
@@ -50,7 +58,10 @@ class TorchSDPA(AttentionBackend):
         plan: Plan = batch.plan
         if window not in plan.pieces:
             plan.pieces[window] = _cut(batch, plan.table, window)
-        keys, values = batch.pool.k[layer], batch.pool.v[layer]
+        pool = batch.pool
+        keys, values = Half(pool.k[layer]), Half(pool.v[layer])
+        if pool.quantised:
+            keys, values = Half(keys.pages, pool.k_scale[layer]), Half(values.pages, pool.v_scale[layer])
         pieces = plan.pieces[window]
         if len(pieces) == 1:
             return _attend(q, keys, values, pieces[0], scale)
@@ -60,10 +71,10 @@ class TorchSDPA(AttentionBackend):
         return out
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, piece: Piece, scale: float) -> Tensor:
-    """`q` [B × n, heads, head_dim] → the same, contiguous; the pool's [pages, page_size, kv_heads, head_dim]."""
+def _attend(q: Tensor, keys: Half, values: Half, piece: Piece, scale: float) -> Tensor:
+    """`q` [B × n, heads, head_dim] → the same, contiguous."""
     heads, head_dim = q.shape[1:]
-    k, v = _gather(keys, piece), _gather(values, piece)
+    k, v = _gather(keys, piece, q.dtype), _gather(values, piece, q.dtype)
     kv_heads = k.shape[1]
     if q.shape[0] == piece.num_seqs:  # one query each: a group's heads stand in for rows, no key is repeated
         q = q.reshape(piece.num_seqs, kv_heads, heads // kv_heads, head_dim)
@@ -75,9 +86,12 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, piece: Piece, scale: float)
     return out.transpose(1, 2).reshape(-1, heads, head_dim).contiguous()
 
 
-def _gather(pool: Tensor, piece: Piece) -> Tensor:
-    """[B, kv_heads, L, head_dim], a view where the pages are a slice."""
+def _gather(half: Half, piece: Piece, dtype: torch.dtype) -> Tensor:
+    """[B, kv_heads, L, head_dim], a view where the pages are a slice and not quantised."""
+    pool = half.pages
     pages = pool[piece.pages] if isinstance(piece.pages, slice) else pool.index_select(0, piece.pages)
+    if half.scale is not None:
+        pages = pages.to(dtype) * half.scale.to(dtype)[:, None]
     tokens = pages.view(piece.num_seqs, -1, *pool.shape[2:])
     return tokens[:, : piece.length].transpose(1, 2)
 
