@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
+KV_CACHE_DTYPES = ("auto", "fp8")
 POLICIES = ("fcfs", "lpm")
 FUSED = ("auto", "on", "off")
 SAMPLING_DEFAULTS = ("model", "neutral")
@@ -34,6 +35,7 @@ class EngineConfig:
     seed: int = 0  # of dummy weights and of requests that bring no seed
 
     page_size: int = 16  # tokens
+    kv_cache_dtype: str = "auto"  # of keys and values; auto: as dtype, fp8: e4m3, scaled by KV head
     num_pages: int | None = None  # KV pages; None: as many as memory allows
     mem_fraction: float = 0.9  # of the device's free memory, for weights, activations and KV pool together
     max_model_len: int | None = None  # prompt + output tokens of a request; None: the model's context
@@ -54,6 +56,7 @@ class EngineConfig:
 
         need(self.device in ("auto", *DEVICES), "device", "auto, cpu or cuda")
         need(self.dtype in ("auto", *DTYPES), "dtype", "auto, " + ", ".join(DTYPES))
+        need(self.kv_cache_dtype in KV_CACHE_DTYPES, "kv_cache_dtype", " or ".join(KV_CACHE_DTYPES))
         need(self.policy in POLICIES, "policy", " or ".join(POLICIES))
         need(self.fused_kernels in FUSED, "fused_kernels", "auto, on or off")
         need(1 <= self.page_size <= 1024, "page_size", "1 to 1024 tokens")
@@ -146,12 +149,30 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
             "a step must have room for one token of every running request"
         )
     changes["max_running"], changes["max_batched_tokens"] = running, batched
-    cpu_kernels = device == "cpu" and changes.get("dtype", config.dtype) == "float32" and hardware.extension
     changes["fused_kernels"] = _fused(config, device, hardware)
-    if config.attention == "auto":
-        triton = hardware.cuda is not None and hardware.cuda.capability >= (8, 0) and _triton_runs()
-        on_gpu = "triton" if triton else "torch_sdpa"
-        changes["attention"] = on_gpu if device == "cuda" else "cpu" if cpu_kernels else "torch_sdpa"
-    if config.attention == "cpu" and not cpu_kernels:
-        raise ConfigError("attention cpu needs device cpu, dtype float32 and the C++ extension; use torch_sdpa")
+    dtype = changes.get("dtype", config.dtype)
+    changes["attention"] = _attention(config, device, dtype, hardware)
     return replace(config, **changes)
+
+
+def _attention(config: EngineConfig, device: str, dtype: str, hardware: Hardware) -> str:
+    """The attention backend asked for, or the best that runs here. Some can't read what the cache is to hold."""
+    fp8, gpu = config.kv_cache_dtype == "fp8", hardware.cuda
+    cpu_kernels = device == "cpu" and dtype == "float32" and hardware.extension
+    unfit = {}
+    if fp8:
+        unfit["cpu"] = "the C++ kernels read a float32 cache"
+    if fp8 and gpu is not None and gpu.capability < (8, 9):
+        unfit["triton"] = "Triton converts FP8 from compute capability 8.9 on"
+    name = config.attention
+    if name == "auto":
+        triton = gpu is not None and gpu.capability >= (8, 0) and _triton_runs()
+        name = ("triton" if triton else "torch_sdpa") if device == "cuda" else "cpu" if cpu_kernels else "torch_sdpa"
+        if name in unfit:
+            log.warning("attention is torch_sdpa, not %s: kv-cache-dtype is fp8, and %s", name, unfit[name])
+            return "torch_sdpa"
+    if name == "cpu" and not cpu_kernels:
+        raise ConfigError("attention cpu needs device cpu, dtype float32 and the C++ extension; use torch_sdpa")
+    if name in unfit:
+        raise ConfigError(f"attention {name} can't serve kv-cache-dtype fp8: {unfit[name]}; use --attention torch_sdpa")
+    return name

@@ -8,7 +8,16 @@ import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from minisgl.config import DEVICES, DTYPES, FUSED, POLICIES, SAMPLING_DEFAULTS, EngineConfig, ServerConfig
+from minisgl.config import (
+    DEVICES,
+    DTYPES,
+    FUSED,
+    KV_CACHE_DTYPES,
+    POLICIES,
+    SAMPLING_DEFAULTS,
+    EngineConfig,
+    ServerConfig,
+)
 
 Config = TypeVar("Config", EngineConfig, ServerConfig)
 
@@ -33,6 +42,9 @@ ENGINE_OPTIONS = {
     "tp_size": Option("--tp", "ranks to split the model over: GPUs, or processes on a CPU", int, metavar="N"),
     "seed": Option("--seed", "for requests that bring no seed, and for dummy weights", int, metavar="N"),
     "page_size": Option("--page-size", "tokens in a page of the KV cache", int, metavar="N"),
+    "kv_cache_dtype": Option(
+        "--kv-cache-dtype", "of keys and values; auto: as --dtype, fp8: half of 16 bits", choices=KV_CACHE_DTYPES
+    ),
     "num_pages": Option("--num-pages", "pages in the KV cache; default: what memory allows", int, metavar="N"),
     "mem_fraction": Option("--mem-fraction", "of free memory that the engine may take", float, metavar="F"),
     "max_model_len": Option(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minisgl.attention import make_attention
-from minisgl.cache.pool import KVPool
+from minisgl.cache.pool import FP8, KVPool
 from minisgl.cache.prefix import make_prefix_cache
 from minisgl.config import EngineConfig, resolve
 from minisgl.distributed import TPGroup
@@ -22,6 +22,7 @@ from minisgl.hardware import detect
 from minisgl.messages import EngineStats, TokenOutput
 from minisgl.models import load_model
 from minisgl.models.hub import resolve_model
+from minisgl.models.kv_scales import kv_scales
 from minisgl.models.spans import add_spans
 from minisgl.timing import span, use_nvtx
 from minisgl.types import (
@@ -87,7 +88,8 @@ class Engine:
         if config.max_model_len is not None and config.max_model_len > context:
             raise ModelError(f"max-model-len is {config.max_model_len}; the model's context has {context} tokens")
         context = config.max_model_len or context
-        num_pages = choose_num_pages(config, model, self.model.num_kv_heads_per_rank, dtype, context)
+        kv_dtype = FP8 if config.kv_cache_dtype == "fp8" else dtype
+        num_pages = choose_num_pages(config, model, self.model.num_kv_heads_per_rank, dtype, kv_dtype, context)
         if agree is not None:
             num_pages = agree(num_pages)
         pool = KVPool(
@@ -96,9 +98,11 @@ class Engine:
             model.head_dim,
             config.page_size,
             num_pages,
-            dtype,
+            kv_dtype,
             self.device,
         )
+        if pool.quantised:
+            pool.set_scales(*kv_scales(self.model))
         assert config.max_running is not None and config.max_batched_tokens is not None
         self.scheduler = Scheduler(
             num_pages,

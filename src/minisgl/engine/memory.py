@@ -30,16 +30,24 @@ def _activation_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dty
 
 
 def choose_num_pages(
-    config: EngineConfig, model: ModelConfig, num_kv_heads: int, dtype: torch.dtype, context: int
+    config: EngineConfig,
+    model: ModelConfig,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    context: int,
 ) -> int:
     """Pages of the KV pool: what was asked for, or what memory allows once the weights are loaded.
+
+    Args:
+        dtype: of activations. kv_dtype: of the pool.
 
     Raises:
         ConfigError: not even one page fits; the message names what to lower.
     """
     if config.num_pages is not None:
         return config.num_pages
-    page = KVPool.page_bytes(model.num_layers, num_kv_heads, model.head_dim, config.page_size, dtype)
+    page = KVPool.page_bytes(model.num_layers, num_kv_heads, model.head_dim, config.page_size, kv_dtype)
     reserve = _activation_bytes(config, model, dtype)
     if config.device == "cuda":
         free, total = torch.cuda.mem_get_info()
