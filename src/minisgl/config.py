@@ -162,8 +162,8 @@ def _attention(config: EngineConfig, device: str, dtype: str, hardware: Hardware
     unfit = {}
     if fp8:
         unfit["cpu"] = "the C++ kernels read a float32 cache"
-    if fp8 and gpu is not None and gpu.capability < (8, 9):
-        unfit["triton"] = "Triton converts FP8 from compute capability 8.9 on"
+    if fp8 and gpu is not None and gpu.capability < (9, 0):
+        unfit["triton"] = "Triton converts FP8 to bfloat16 from compute capability 9.0 on"
     name = config.attention
     if name == "auto":
         triton = gpu is not None and gpu.capability >= (8, 0) and _triton_runs()

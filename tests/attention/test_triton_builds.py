@@ -20,13 +20,15 @@ import minisgl
 pytest.importorskip("triton")
 
 SHARED_BYTES = {80: 166_912, 89: 101_376, 90: 232_448}  # a program at most, by compute capability
-BUILDS = [  # kernel, capability, dtype, head_dim
+BUILDS = [  # kernel, capability, dtype (fp8: of the cache, under bf16), head_dim
     *(("prefill", 90, "bf16", dim) for dim in (64, 128, 256)),
     *(("prefill", 89, "bf16", dim) for dim in (80, 256)),
     ("prefill", 80, "fp32", 128),
     ("decode", 90, "bf16", 128),
     ("decode", 89, "fp16", 256),
     ("decode", 80, "fp32", 96),
+    ("decode", 90, "fp8", 128),
+    ("prefill", 90, "fp8", 64),
 ]
 
 
@@ -51,6 +53,8 @@ def build(kernel: str, capability: int, dtype: str, dim: int) -> int:
     from minisgl.attention import triton_decode, triton_prefill
     from minisgl.attention.triton_tiles import decode_tile, prefill_tile
 
+    cache = "fp8e4nv" if dtype == "fp8" else dtype
+    dtype = "bf16" if dtype == "fp8" else dtype
     dim_pad = triton.next_power_of_2(dim)
     element = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     constants: dict[str, Any] = {"KV_HEADS": 8, "GROUP": 2, "DIM": dim, "DIM_PAD": dim_pad, "PAGE": 16}
@@ -63,9 +67,11 @@ def build(kernel: str, capability: int, dtype: str, dim: int) -> int:
         function, tile = triton_prefill._prefill, prefill_tile(dim_pad, element, SHARED_BYTES[capability])
         constants |= {"ROWS": tile.rows, "QUERIES": tile.rows // 2, "WIDE": False}
     constants["TOKENS"] = tile.tokens
-    tensors = dict.fromkeys(("q", "keys", "values", "out"), f"*{dtype}")
+    if cache == dtype:
+        constants |= {"k_scale": None, "v_scale": None}
+    tensors = dict.fromkeys(("q", "out"), f"*{dtype}") | dict.fromkeys(("keys", "values"), f"*{cache}")
     tensors |= dict.fromkeys(("table", "table_rows", "lens", "starts"), "*i32") | dict.fromkeys(
-        ("part_out", "part_lse"), "*fp32"
+        ("part_out", "part_lse", "k_scale", "v_scale"), "*fp32"
     )
     names = function.arg_names
     tensors = {name: type for name, type in tensors.items() if name not in constants}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minisgl.attention import make_attention
 from minisgl.attention.base import ForwardBatch
-from minisgl.cache.pool import KVPool
+from minisgl.cache.pool import FP8, KVPool
 from minisgl.types import ConfigError
 
 pytest.importorskip("triton")
@@ -37,6 +37,7 @@ class Geometry:
     dim: int
     page_size: int
     dtype: torch.dtype = torch.float32
+    fp8: bool = False  # the pool
 
     @property
     def device(self) -> str:
@@ -46,13 +47,18 @@ class Geometry:
 def make_pool(g: Geometry, tables: list[list[int]], lens: list[int], num_pages: int, rng: torch.Generator) -> KVPool:
     """Random keys and values where a sequence has a token; NaN wherever else."""
     pool = KVPool(1, g.kv_heads, g.dim, g.page_size, num_pages, torch.float32, "cpu")
+    pool.k_scale, pool.v_scale = pool.k_scale.to(g.device), pool.v_scale.to(g.device)
     pool.k.fill_(torch.nan)
     pool.v.fill_(torch.nan)
     for pages, length in zip(tables, lens, strict=True):
         slots = [pages[p // g.page_size] * g.page_size + p % g.page_size for p in range(length)]
         for half in pool.slots(0):
             half[slots] = torch.randn(length, g.kv_heads, g.dim, generator=rng)
-    pool.k, pool.v = pool.k.to(g.device, g.dtype), pool.v.to(g.device, g.dtype)
+    if g.fp8:
+        pool.quantised = True
+        pool.k_scale, pool.v_scale = (torch.rand(2, 1, g.kv_heads, generator=rng) + 0.5).to(g.device)
+    dtype = FP8 if g.fp8 else g.dtype
+    pool.k, pool.v = pool.k.to(g.device, dtype), pool.v.to(g.device, dtype)
     return pool
 
 
@@ -96,7 +102,10 @@ def reference(q: Tensor, batch: ForwardBatch, scale: float, window: int | None) 
     for i, (length, count) in enumerate(zip(lens, batch.query_starts.diff().tolist(), strict=True)):
         places = torch.arange(length, device=q.device)
         slots = batch.page_table[i].long()[places // size] * size + places % size
-        k, v = (half[slots].double().repeat_interleave(q.shape[1] // half.shape[1], 1) for half in batch.pool.slots(0))
+        k, v = (
+            (half[slots].double() * scales[0, :, None]).repeat_interleave(q.shape[1] // half.shape[1], 1)
+            for half, scales in zip(batch.pool.slots(0), (batch.pool.k_scale, batch.pool.v_scale), strict=True)
+        )
         positions = torch.arange(length - count, length, device=q.device)[:, None]
         hidden = places > positions
         if window is not None:
@@ -146,6 +155,8 @@ SMALL = (
     Geometry(7, 1, 80, 48),
     Geometry(5, 1, 16, 4, torch.float16),
     Geometry(17, 1, 32, 2),
+    Geometry(6, 2, 16, 16, torch.float32, fp8=True),
+    Geometry(4, 4, 24, 4, torch.float16, fp8=True),
 )  # fmt: skip
 
 
@@ -227,6 +238,9 @@ def geometries() -> Iterator[Geometry]:
             for page_size in (16, PAGES[(3 * i + j) % len(PAGES)]):
                 if page_size != 16 or (i + j) % 2:
                     yield Geometry(*heads, page_size, dtype)
+    if INTERPRETED or torch.cuda.get_device_capability() >= (9, 0):
+        for heads, page_size in zip(HEADS, PAGES, strict=True):
+            yield Geometry(*heads, page_size, torch.bfloat16, fp8=True)
 
 
 def random_lens(seed: int, longest: int) -> tuple[list[int], list[int]]:

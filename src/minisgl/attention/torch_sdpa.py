@@ -34,7 +34,7 @@ class Half:
     """A layer's keys, or its values."""
 
     pages: Tensor  # [pages, page_size, kv_heads, head_dim]
-    scale: Tensor | None = None  # [kv_heads] float32: what they were divided by
+    scale: Tensor | None  # [kv_heads] float32: what they were divided by
 
 
 @dataclass(slots=True)
@@ -59,9 +59,8 @@ class TorchSDPA(AttentionBackend):
         if window not in plan.pieces:
             plan.pieces[window] = _cut(batch, plan.table, window)
         pool = batch.pool
-        keys, values = Half(pool.k[layer]), Half(pool.v[layer])
-        if pool.quantised:
-            keys, values = Half(keys.pages, pool.k_scale[layer]), Half(values.pages, pool.v_scale[layer])
+        k_scale, v_scale = pool.scales(layer)
+        keys, values = Half(pool.k[layer], k_scale), Half(pool.v[layer], v_scale)
         pieces = plan.pieces[window]
         if len(pieces) == 1:
             return _attend(q, keys, values, pieces[0], scale)

@@ -68,14 +68,14 @@ class Parts:
 # Integers and views that change from step to step must not each bring a compilation of their own.
 KEPT_GENERAL = {
     "do_not_specialize": ["table_stride", "num_seqs", "window", "chunk", "most"],
-    "do_not_specialize_on_alignment": ["table", "table_rows", "lens", "starts"],
+    "do_not_specialize_on_alignment": ["table", "table_rows", "lens", "starts", "k_scale", "v_scale"],
 }
 
 
 @triton.jit(**KEPT_GENERAL)
 def _decode(
-    q, q_stride, keys, values, table, table_stride, table_rows, lens, out, part_out, part_lse, scale, window, chunk,
-    most,
+    q, q_stride, keys, values, k_scale, v_scale, table, table_stride, table_rows, lens, out, part_out, part_lse, scale,
+    window, chunk, most,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     PAGE: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -94,6 +94,8 @@ def _decode(
     wanted = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
     queries = tl.load(q + seq * q_stride + heads[:, None] * DIM + dims[None, :], mask=wanted, other=0.0)
 
+    if k_scale is not None:
+        scale *= tl.load(k_scale + kv_head)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
@@ -109,17 +111,19 @@ def _decode(
         ahead = places + TOKENS  # page ids a tile early: the loads of keys and values then depend on no other load
         pages = tl.load(row + ahead // PAGE, mask=ahead < end, other=0)
         seen = inside[:, None] & (dims < DIM)[None, :]
-        k = tl.load(keys + offsets, mask=seen, other=0.0)
+        k = tl.load(keys + offsets, mask=seen, other=0.0).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp2(scores - new_best[:, None])
         fade = tl.exp2(best - new_best)
         total = total * fade + tl.sum(weights, 1)
-        v = tl.load(values + offsets, mask=seen, other=0.0)
+        v = tl.load(values + offsets, mask=seen, other=0.0).to(queries.dtype)
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         best = new_best
 
+    if v_scale is not None:
+        acc *= tl.load(v_scale + kv_head)
     result = acc / tl.maximum(total, 1e-30)[:, None]  # an empty sequence, padding, gets zeros
     places = (seq * KV_HEADS * GROUP + heads)[:, None] * DIM + dims[None, :]
     if not SPLIT:
@@ -195,6 +199,7 @@ def decode(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
+    scales: tuple[Tensor | None, Tensor | None],
     table: Tensor,
     table_rows: Tensor | None,
     lens: Tensor,
@@ -211,6 +216,7 @@ def decode(
     Args:
         q: [S, heads, head_dim], each row of heads contiguous.
         keys, values: a layer of the pool, [pages, page_size, kv_heads, head_dim].
+        scales: factors on keys and on values, [kv_heads] float32; None: 1.
         table: [rows, P] int32 page ids, of which the first ceil(len / page_size) count.
         table_rows: [S] int32, each sequence's row of the table; None: its own number.
         lens: [S] int32.
@@ -225,7 +231,7 @@ def decode(
     window = 2**31 - 1 if window is None else window
     launch = {"num_warps": tile.warps, "num_stages": tile.stages, **({"launch_pdl": True} if pdl else {})}
     _decode[kv_heads, num_seqs, splits.most](
-        q, q.stride(0), keys, values, table, table.stride(0), table_rows, lens, out, parts.out, parts.lse,
+        q, q.stride(0), keys, values, *scales, table, table.stride(0), table_rows, lens, out, parts.out, parts.lse,
         scale * LOG2_E, window, splits.chunk, splits.most,
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PAD=dim_pad,
         PAGE=page, TOKENS=tile.tokens, SPLIT=splits.most > 1, PDL=pdl, **launch,

@@ -80,7 +80,7 @@ class TritonPaged(AttentionBackend):
         if q.stride(2) != 1 or q.stride(1) != dim:
             q = q.contiguous()
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        pool = batch.pool.k[layer], batch.pool.v[layer]
+        pool = batch.pool.k[layer], batch.pool.v[layer], batch.pool.scales(layer)
         dim_pad = triton.next_power_of_2(dim)
         if plan.splits is not None:
             parts = self._scratch(q, batch.pool.num_kv_heads)

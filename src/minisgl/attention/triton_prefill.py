@@ -18,7 +18,7 @@ from minisgl.attention.triton_tiles import Tile
 
 @triton.jit(**KEPT_GENERAL)
 def _prefill(
-    q, q_stride, keys, values, table, table_stride, lens, starts, num_seqs, out, scale, window,
+    q, q_stride, keys, values, k_scale, v_scale, table, table_stride, lens, starts, num_seqs, out, scale, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -43,6 +43,8 @@ def _prefill(
     lowest = length - count + query
     begin = tl.maximum(lowest - window + 1, 0)
     end = tl.minimum(lowest + QUERIES, length)
+    if k_scale is not None:
+        scale *= tl.load(k_scale + kv_head)
     best = tl.full([ROWS], -1e30, tl.float32)  # finite: rows that see nothing of a tile mustn't become NaN
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
@@ -56,7 +58,7 @@ def _prefill(
         ahead = places + TOKENS  # page ids a tile early: the loads of keys and values then depend on no other load
         pages = tl.load(table + ahead // PAGE, mask=ahead < end, other=0)
         inside = (places < end)[:, None] & (dims < DIM)[None, :]
-        k = tl.load(keys + offsets, mask=inside, other=0.0)
+        k = tl.load(keys + offsets, mask=inside, other=0.0).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
         if (start + TOKENS > lowest + 1) | (start < end - window):  # not all of the queries see all of these keys
             seen = (places[None, :] <= positions[:, None]) & (places[None, :] > positions[:, None] - window)
@@ -65,10 +67,12 @@ def _prefill(
         weights = tl.exp2(scores * scale - new_best[:, None])
         fade = tl.exp2(best - new_best)
         total = total * fade + tl.sum(weights, 1)
-        v = tl.load(values + offsets, mask=inside, other=0.0)
+        v = tl.load(values + offsets, mask=inside, other=0.0).to(queries.dtype)
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         best = new_best
 
+    if v_scale is not None:
+        acc *= tl.load(v_scale + kv_head)
     result = acc / total[:, None]
     tl.store(out + tokens[:, None] * (KV_HEADS * GROUP * DIM) + columns, result.to(out.dtype.element_ty), mask=wanted)
 
@@ -95,6 +99,7 @@ def prefill(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
+    scales: tuple[Tensor | None, Tensor | None],
     table: Tensor,
     lens: Tensor,
     starts: Tensor,
@@ -109,6 +114,7 @@ def prefill(
     Args:
         q: [T, heads, head_dim], each row of heads contiguous.
         keys, values: a layer of the pool, [pages, page_size, kv_heads, head_dim].
+        scales: factors on keys and on values, [kv_heads] float32; None: 1.
         table: [S, P] int32 page ids, of which the first ceil(len / page_size) count.
         lens: [S] int32, the query tokens included.
         starts: [S + 1] int32: sequence i has the rows `starts[i]` … `starts[i + 1]` of q and out.
@@ -122,7 +128,7 @@ def prefill(
     rows = max(tile.rows, triton.next_power_of_2(group))
     queries = rows // group
     _prefill[kv_heads, num_tokens // queries + num_seqs](
-        q, q.stride(0), keys, values, table, table.stride(0), lens, starts, num_seqs, out, scale * LOG2_E,
+        q, q.stride(0), keys, values, *scales, table, table.stride(0), lens, starts, num_seqs, out, scale * LOG2_E,
         2**31 - 1 if window is None else window,
         KV_HEADS=kv_heads, GROUP=group, QUERIES=queries, ROWS=rows, DIM=dim,
         DIM_PAD=triton.next_power_of_2(max(dim, 16)), PAGE=page, TOKENS=tile.tokens, WIDE=keys.numel() >= 2**31,

@@ -63,6 +63,10 @@ class KVPool:
         """Keys and values of a layer by slot: two views `[slots, num_kv_heads, head_dim]`."""
         return self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
 
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """What keys and values of the layer were divided by, [num_kv_heads] each; None where nothing is quantised."""
+        return (self.k_scale[layer], self.v_scale[layer]) if self.quantised else (None, None)
+
     def store(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Writes `k`, `v` [T, num_kv_heads, head_dim] (any strides) to `slots` [T] int64 of the layer."""
         for cache, x, scale in zip(self.slots(layer), (k, v), (self.k_scale, self.v_scale), strict=True):

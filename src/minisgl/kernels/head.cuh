@@ -23,11 +23,12 @@ struct Head {
         for (int i = 0; i < 4; ++i) lo[i] = to_float(a.v[i]), hi[i] = to_float(b.v[i]);
     }
 
-    __device__ void store(T* p, int lane) const {
+    template <typename To>
+    __device__ void store(To* p, int lane, float factor = 1.0f) const {
         if (!has(lane)) return;
-        Pack<T, 4> a, b;
+        Pack<To, 4> a, b;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a.v[i] = from_float<T>(lo[i]), b.v[i] = from_float<T>(hi[i]);
+        for (int i = 0; i < 4; ++i) a.v[i] = from_float<To>(lo[i] * factor), b.v[i] = from_float<To>(hi[i] * factor);
         a.store(p + lane * 4);
         b.store(p + kHalf + lane * 4);
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minisgl.models.decoder import CausalLM
+from minisgl.models.decoder import CausalLM, DecoderLayer
 from minisgl.models.layers import Attention
 
 TYPICAL = 4.0
@@ -19,7 +19,10 @@ TYPICAL = 4.0
 
 def kv_scales(model: CausalLM) -> tuple[Tensor, Tensor]:
     """Scales of keys and of values, [num_layers, KV heads of this rank] float32 each."""
-    sizes = [typical_sizes(layer.self_attn, layer.input_layernorm.weight) for layer in model.layers]
+    sizes = []
+    for layer in model.layers:
+        assert isinstance(layer, DecoderLayer) and isinstance(layer.self_attn, Attention)
+        sizes.append(typical_sizes(layer.self_attn, layer.input_layernorm.weight))
     k, v = torch.stack(sizes, dim=1).div(TYPICAL).log2().round().exp2()
     return k, v
 

@@ -240,7 +240,9 @@ class Attention(nn.Module):
         q_weight, k_weight = (norm.weight[0], norm.weight[self.num_heads]) if norm is not None else (None, None)
         eps = norm.eps if norm is not None else 0.0
         keys, values = batch.pool.slots(self.layer)
-        qkv_post(heads.flatten(1), q_weight, k_weight, eps, table, batch.positions, keys, values, batch.slots)
+        scales = batch.pool.scales(self.layer)
+        place = table, batch.positions, keys, values, batch.slots, None
+        qkv_post(heads.flatten(1), q_weight, k_weight, eps, *place, *scales)
         return heads[:, : self.num_heads]
 
 

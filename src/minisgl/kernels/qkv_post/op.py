@@ -15,7 +15,10 @@ from minisgl.kernels.spec import Kernel, Run, Shape, Version, by_layout, launche
 from minisgl.kernels.tuning import Config
 from minisgl.types import KernelError
 
-_TENSORS = ("qkv", "q_weight", "k_weight", "cos_sin", "positions", "k_cache", "v_cache", "slots", "q_out")
+_TENSORS = (
+    "qkv", "q_weight", "k_weight", "cos_sin", "positions", "k_cache", "v_cache", "slots", "q_out", "k_scale", "v_scale",
+)  # fmt: skip
+FP8 = torch.float8_e4m3fn
 
 
 def qkv_post(
@@ -29,6 +32,8 @@ def qkv_post(
     v_cache: Tensor,
     slots: Tensor,
     q_out: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *,
     version: str | None = None,
     config: Config | None = None,
@@ -45,39 +50,41 @@ def qkv_post(
         eps: added to the mean of squares.
         cos_sin: [positions, D] float32, contiguous: D / 2 cosines, then D / 2 sines.
         positions: [T] int32, contiguous, each below cos_sin's rows (not checked).
-        k_cache, v_cache: [slots, Hkv, D], qkv's dtype; a slot's [Hkv, D] contiguous.
+        k_cache, v_cache: [slots, Hkv, D], qkv's dtype or, with scales, float8_e4m3fn; a slot's [Hkv, D] contiguous.
         slots: [T] int32 or int64, contiguous; -1 writes nothing. No slot may occur twice.
         q_out: [T, Hq, D], a token's [Hq, D] contiguous.
+        k_scale, v_scale: [Hkv] float32: what keys and values are divided by; beyond ±448 they are clamped.
 
     Raises:
         KernelError: an argument of the wrong shape, dtype, layout, alignment or device; it names the argument.
     """
-    tensors = (qkv, q_weight, k_weight, cos_sin, positions, k_cache, v_cache, slots, q_out)
+    tensors = (qkv, q_weight, k_weight, cos_sin, positions, k_cache, v_cache, slots, q_out, k_scale, v_scale)
     _plan(tensors, version, config)(*tensors, eps)
 
 
 @by_layout
 def _plan(tensors: tuple[Any, ...], version: str | None, config: Config | None) -> Run:
     num_q = _check(*tensors)
-    qkv, q_weight, _, _, _, k_cache, v_cache, slots, q_out = tensors
+    qkv, q_weight, _, _, _, k_cache, v_cache, slots, q_out, *_ = tensors
     given = {name: x for name, x in zip(_TENSORS, tensors, strict=True) if x is not None}
     device = check.cuda(**given)
     tokens, kv_heads, dim = slots.shape[0], k_cache.shape[1], k_cache.shape[2]
     if not tokens:
         return nothing
-    sizes = (tokens, num_q, kv_heads, dim, int(q_weight is not None), slots.element_size())
+    sizes = (tokens, num_q, kv_heads, dim, int(q_weight is not None), slots.element_size(), int(k_cache.dtype == FP8))
     start = launcher("qkv_post", device, qkv.dtype, version, config, *sizes)
     num_slots, row, slot_k, slot_v = k_cache.shape[0], qkv.stride(0), k_cache.stride(0), v_cache.stride(0)
     q_row = row if q_out is None else q_out.stride(0)
 
     def run(
-        qkv: Any, qw: Any, kw: Any, cos_sin: Any, positions: Any, k: Any, v: Any, slots: Any, q: Any, eps: float
-    ) -> None:
+        qkv: Any, qw: Any, kw: Any, cos_sin: Any, positions: Any, k: Any, v: Any, slots: Any, q: Any, ks: Any, vs: Any,
+        eps: float,
+    ) -> None:  # fmt: skip
         start(
             qkv.data_ptr(), row, qkv.data_ptr() if q is None else q.data_ptr(), q_row,
             0 if qw is None else qw.data_ptr(), 0 if kw is None else kw.data_ptr(), eps,
             cos_sin.data_ptr(), positions.data_ptr(), k.data_ptr(), slot_k, v.data_ptr(), slot_v,
-            slots.data_ptr(), num_slots, tokens,
+            slots.data_ptr(), num_slots, tokens, 0 if ks is None else ks.data_ptr(), 0 if vs is None else vs.data_ptr(),
         )  # fmt: skip
 
     return run
@@ -93,6 +100,8 @@ def _check(
     v_cache: Tensor,
     slots: Tensor,
     q_out: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> int:
     """The number of query heads."""
     check.dims("slots", slots, 1, "[T]")
@@ -111,7 +120,7 @@ def _check(
         raise KernelError("q_weight and k_weight must be given together or not at all")
     for name, x in (("qkv", qkv), ("k_cache", k_cache), ("v_cache", v_cache), ("q_out", q_out)):
         if x is not None:
-            check.dtype(name, x, (qkv.dtype,))
+            check.dtype(name, x, (FP8 if k_scale is not None and "cache" in name else qkv.dtype,))
             check.rows(name, x)
             check.aligned(name, x, 4 * x.element_size())
     for name, x in (("q_weight", q_weight), ("k_weight", k_weight)):
@@ -120,6 +129,13 @@ def _check(
             check.dtype(name, x, (qkv.dtype,))
             check.contiguous(name, x)
             check.aligned(name, x, 4 * x.element_size())
+    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (x is None) != (k_scale is None):
+            raise KernelError("k_scale and v_scale must be given together or not at all")
+        if x is not None:
+            check.shape(name, x, (kv_heads,))
+            check.dtype(name, x, (torch.float32,))
+            check.contiguous(name, x)
     if q_out is not None:
         check.shape("q_out", q_out, (tokens, num_q, dim))
     check.contiguous("slots", slots)
@@ -136,6 +152,7 @@ def _build(dtype: torch.dtype, shape: Shape, work: int) -> Build:
         NUM_Q=shape["heads"],
         NUM_KV=shape["kv_heads"],
         HAS_NORM=shape["norm"],
+        FP8=shape.get("fp8", 0),
         WORK=work,
     )
 
@@ -150,7 +167,8 @@ def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
 
 def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
     heads = shape["heads"] + 2 * shape["kv_heads"]
-    row = 2 * heads * shape["head_dim"] * dtype.itemsize + 4 * shape["head_dim"]
+    saved = 2 * shape["kv_heads"] * (dtype.itemsize - 1) * shape.get("fp8", 0)
+    row = (2 * heads * dtype.itemsize + 4 - saved) * shape["head_dim"]
     flops = (shape["heads"] + shape["kv_heads"]) * shape["head_dim"] * (3 + 4 * shape["norm"])
     return shape["tokens"] * (row + 4 + shape.get("id_bytes", 8)), shape["tokens"] * flops
 
@@ -165,18 +183,20 @@ KERNEL = register(
                 floats_only,
                 _v1,
                 tuple(
-                    _build(dtype, {"heads": 16, "kv_heads": 8, "head_dim": dim, "norm": norm}, work)
-                    for dtype, dim, norm, work in (
-                        (torch.bfloat16, 128, 1, 1),
-                        (torch.float16, 80, 0, 2),
-                        (torch.float32, 256, 1, 2),
-                        (torch.bfloat16, 64, 0, 4),
-                        (torch.bfloat16, 96, 1, 2),
+                    _build(dtype, {"heads": 16, "kv_heads": 8, "head_dim": dim, "norm": norm, "fp8": fp8}, work)
+                    for dtype, dim, norm, work, fp8 in (
+                        (torch.bfloat16, 128, 1, 1, 0),
+                        (torch.float16, 80, 0, 2, 0),
+                        (torch.float32, 256, 1, 2, 0),
+                        (torch.bfloat16, 64, 0, 4, 0),
+                        (torch.bfloat16, 96, 1, 2, 0),
+                        (torch.bfloat16, 128, 1, 1, 1),
+                        (torch.float16, 64, 0, 2, 1),
                     )
                 ),
             ),
         ),
-        sizes=("tokens", "heads", "kv_heads", "head_dim", "norm", "id_bytes"),
+        sizes=("tokens", "heads", "kv_heads", "head_dim", "norm", "id_bytes", "fp8"),
         cost=_cost,
     )
 )

@@ -8,13 +8,24 @@
 // Measured (H100, 16 + 2 × 8 heads of 128, µs at 1 / 64 / 256 / 1024 / 4096 tokens): 1.02 / 1.72 / 2.80 / 7.48 / 25.5,
 // where our own four kernels take 3.97 / 5.57 / 6.86 / 13.5 / 45.7.
 #include "head.cuh"
+#if FP8  // e4m3; before compute capability 8.9 the header converts by arithmetic
+#include <cuda_fp8.h>
+using Cache = __nv_fp8_e4m3;
+template <>
+__device__ inline Cache from_float<Cache>(float x) {
+    return Cache(x);  // to the nearest, and to ±448 what is beyond
+}
+#else
+using Cache = DTYPE;
+#endif
 
 using T = DTYPE;
 
 extern "C" __global__ void qkv_post(const T* qkv, int64 qkv_stride, T* q_out, int64 q_stride, const T* q_weight,
                                     const T* k_weight, double eps, const float* cos_sin, const int* positions,
-                                    T* k_cache, int64 k_slot_stride, T* v_cache, int64 v_slot_stride, const ID_T* slots,
-                                    int64 num_slots, int64 tokens) {
+                                    Cache* k_cache, int64 k_slot_stride, Cache* v_cache, int64 v_slot_stride,
+                                    const ID_T* slots, int64 num_slots, int64 tokens, const float* k_scale,
+                                    const float* v_scale) {
     using Row = Head<T, HEAD_DIM>;
     constexpr int kHeads = NUM_Q + 2 * NUM_KV, kGroups = ceil_div(kHeads, WORK);  // groups of lanes a token
     const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x, group = thread / Row::kLanes;
@@ -57,8 +68,11 @@ extern "C" __global__ void qkv_post(const T* qkv, int64 qkv_stride, T* q_out, in
         if (head < NUM_Q) {
             x[j].store(q_out + token * q_stride + head * HEAD_DIM, lane);
         } else if (stored) {
-            T* row = head < NUM_Q + NUM_KV ? k_cache + slot * k_slot_stride : v_cache + slot * v_slot_stride;
-            x[j].store(row + (head - NUM_Q) % NUM_KV * HEAD_DIM, lane);
+            const bool is_key = head < NUM_Q + NUM_KV;
+            const int kv_head = (head - NUM_Q) % NUM_KV;
+            Cache* row = is_key ? k_cache + slot * k_slot_stride : v_cache + slot * v_slot_stride;
+            const float divisor = FP8 ? (is_key ? k_scale : v_scale)[kv_head] : 1.0f;
+            x[j].store(row + kv_head * HEAD_DIM, lane, 1.0f / divisor);
         }
     }
 }
