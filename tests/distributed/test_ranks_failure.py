@@ -186,6 +186,27 @@ def test_script_that_ends_without_closing_ends_its_ranks(tp_model: Path, tmp_pat
     assert not list((tmp_path / "tmp").iterdir())
 
 
+HANG = """\
+import logging, os, time
+from minisgl.engine import ranks
+
+ranks.HANG_S = 1.0
+logging.basicConfig()
+llm = LLM(**options)
+llm.engine._ranks._on_gpu = True
+llm.engine.runner.launch = lambda _: (os.kill(llm.engine._ranks._processes[0].pid, 9), time.sleep(1000))
+llm.generate([[1, 2, 3]])
+"""
+
+
+def test_process_ends_where_a_gpu_would_wait_for_the_dead(tp_model: Path, tmp_path: Path) -> None:
+    process = script(HANG, tp_model, tmp_path)
+    _, errors = process.communicate(timeout=2 * LIMIT_S)
+    assert process.returncode == 1
+    assert "rank 1 was killed (signal 9); the system does that when memory runs out; the GPU waits for it" in errors
+    assert not list((tmp_path / "tmp").iterdir())
+
+
 # -- at rest -------------------------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,9 @@ class Communicator(Protocol):
     def close(self) -> None:
         """Frees what the group holds; idempotent."""
 
+    def abort(self) -> None:
+        """See `TPGroup.abort`."""
+
 
 @dataclass(frozen=True, slots=True)
 class TPGroup:
@@ -154,6 +157,11 @@ class TPGroup:
         """Frees what the group holds; call it on every rank, once nothing is in flight. Closing twice does nothing."""
         if self.backend is not None:
             self.backend.close()
+
+    def abort(self) -> None:
+        """Lets go of what waits for a rank that has ended; from any thread. Nothing but `close` works afterwards."""
+        if self.backend is not None:
+            self.backend.abort()
 
 
 def communicator(rank: int, size: int, device: torch.device, rendezvous: Path, timeout_s: float) -> Communicator:

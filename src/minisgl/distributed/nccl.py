@@ -135,6 +135,11 @@ class NcclCommunicator:
             self.reduce.close()
         self.host.close()
 
+    def abort(self) -> None:
+        if self._comm.is_valid:
+            self._comm.abort()
+        self.host.abort()
+
     def _direct(self, x: Tensor) -> None:
         self._try(self._comm.allreduce, x, x, self._sum, stream=_stream())
 

@@ -86,6 +86,10 @@ class TorchCommunicator:
     def close(self) -> None:
         self._open = None
 
+    def abort(self) -> None:
+        if self._open is not None:
+            self._open.abort()
+
 
 def broadcast_bytes(comm: TorchCommunicator, data: bytes) -> bytes:
     """Rank 0's `data` on every rank."""

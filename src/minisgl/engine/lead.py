@@ -64,6 +64,7 @@ class LeadEngine(Engine):
             divide_threads(config)
             super().__init__(config, ranks.connect(lambda folder: _join(config, 0, folder)), ranks.agree)
             ranks.gather()
+            ranks.busy = False
         except BaseException as error:
             self._give_up(error)
             raise
@@ -97,8 +98,11 @@ class LeadEngine(Engine):
         try:
             if self._ranks.failure is not None:
                 raise self._ranks.failure
+            self._ranks.busy = True
             self._ranks.send(messages.RankStep(commands, checksums(self.scheduler) if self._checked else {}))
-            return super().step()
+            outputs = super().step()
+            self._ranks.busy = False
+            return outputs
         except BaseException as error:
             self._give_up(error)
             raise

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 PARENT_CHECK_S = 1.0
 GRACE_S = 0.2  # in which ranks that fail together tell why
 BLAME_S = 10.0  # in which a rank that broke a collective is found dead
+HANG_S = 10.0  # that rank 0 may hang in a step without the others
 STOP_S = 1.5  # for ranks that were told to end; less than the server gives the engine
 
 
@@ -94,9 +95,11 @@ class Ranks:
     def __init__(self, config: EngineConfig) -> None:
         self.size = config.tp_size
         self.failure: EngineDeadError | None = None
+        self.busy = False  # rank 0 does what may wait for the others
+        self._on_gpu = config.device == "cuda"
         self._traceback = ""
         self._folder = PrivateFolder()
-        self._failed = threading.Event()
+        self._failed, self._explained = threading.Event(), threading.Event()
         self._closing = threading.Event()
         self._ending = threading.Lock()  # processes are ended by the watcher or by `close`
         self._group: TPGroup | None = None
@@ -147,6 +150,7 @@ class Ranks:
         """The fewest pages that any rank has room for, given rank 0's; every rank learns them."""
         fewest = min(num_pages, *self.gather())
         self.send(messages.RankStage(fewest))
+        self.busy = True  # captures graphs
         return fewest
 
     def gather(self) -> list[int]:
@@ -172,6 +176,7 @@ class Ranks:
             self._failed.wait(BLAME_S)
         if self.failure is None:
             return
+        self._explained.set()
         if self._traceback:
             logger.error("%s\n%s", self.failure, self._traceback)
             self._traceback = ""
@@ -212,6 +217,15 @@ class Ranks:
         self._failed.set()
         for queue in (self._stages, self._joined):
             queue.put(self.failure)
+        if self._on_gpu and self._group is not None:
+            self._let_go(self._group)
+
+    def _let_go(self, group: TPGroup) -> None:
+        """Frees rank 0 from a collective with the dead; where a kernel spins for them, only its process's end does."""
+        group.abort()
+        if not self._explained.wait(HANG_S) and self.busy:
+            logger.critical("%s; the GPU waits for it, which ends only with this process", self.failure)
+            os._exit(1)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
