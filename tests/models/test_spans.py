@@ -98,6 +98,8 @@ def test_operators_inside_the_cpp_decoder_are_marked_in_order(checkpoint) -> Non
     id = driver.add(PROMPT)
     driver.step()
     ended = time.perf_counter_ns()
+    remove()
+    count = len(marks)
     names = [name for name, _, _ in marks]
     per_layer = ["rmsnorm", "qkv", "rope+store", "attention", "o", "rmsnorm", "gate/up", "silu*mul", "down"]
     layers = [name for i in range(len(model.layers)) for name in (f"layer {i}", *per_layer)]
@@ -105,8 +107,6 @@ def test_operators_inside_the_cpp_decoder_are_marked_in_order(checkpoint) -> Non
     leaves = [mark for mark in marks if not mark[0].startswith("layer")]
     assert all(one[2] == other[1] for one, other in pairwise(leaves)), "no gap between operators"
     assert began <= leaves[0][1] and leaves[-1][2] <= ended, "the clock is that of time.perf_counter_ns"
-    remove()
-    count = len(marks)
     driver.run()
     assert len(marks) == count and driver.answers[id].tokens == plain
 

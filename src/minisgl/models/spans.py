@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Mark = Callable[[str, int, int], None]  # name, start and end in nanoseconds of time.perf_counter_ns
 
 # Operators of a layer: the object's place in it, its method, the span's name. Absent ones are passed over, so that
-# a name may have several places. What `mlp` does outside of its products is the activation.
+# a name may have several places.
 _LAYER = (
     ("", "forward", "layer {}"),
     ("input_layernorm", "forward", "rmsnorm"),
@@ -31,11 +31,9 @@ _LAYER = (
     ("self_attn", "_rotate_and_store_fused", "rope+store"),
     ("self_attn.o_proj", "forward", "o"),
     ("post_attention_layernorm", "forward", "rmsnorm"),
-    ("mlp", "forward", "silu*mul"),
     ("mlp.gate_up_proj", "forward", "gate/up"),
     ("mlp.down_proj", "forward", "down"),
     ("mlp.gate", "forward", "router"),
-    ("mlp.experts", "forward", "experts"),
 )
 _MODEL = (
     ("embed_tokens", "embed", "embedding"),
@@ -43,6 +41,7 @@ _MODEL = (
     ("norm", "forward", "rmsnorm"),
     ("lm_head", "logits", "lm head"),
 )
+_MOST_KEPT = 1000  # steps
 # What the C++ decoder marks, in order (csrc/cpu/decoder.cpp).
 _MARKED = ("rmsnorm", "qkv", "rope+store", "attention", "o", "rmsnorm", "gate/up", "silu*mul", "down")
 
@@ -51,7 +50,8 @@ def add_spans(model: CausalLM, attention: AttentionBackend, mark: Mark | None = 
     """Puts `timing.span` around each operator of `model` and around `attention`; each layer's lie within `layer N`.
 
     Args:
-        mark: told the operators inside the C++ decoder, which has no spans, after each step. None: they stay unseen.
+        mark: told the operators inside the C++ decoder, which has no spans, at the end or before. None: they stay
+            unseen.
 
     Returns:
         What takes the spans off again.
@@ -62,6 +62,8 @@ def add_spans(model: CausalLM, attention: AttentionBackend, mark: Mark | None = 
     for i, layer in enumerate(model.layers):
         for path, method, name in _LAYER:
             undo += _wrap(layer, path, method, name.format(i))
+        # what it does outside of its products is the activation; a mixture of experts has no products of its own
+        undo += _wrap(layer, "mlp", "forward", "silu*mul" if hasattr(layer.mlp, "gate_up_proj") else "experts")
     undo += _wrap(attention, "", "forward", "attention")
     if model.stack is not None:
         undo += _wrap(model.stack, "", "hidden", "layers")
@@ -99,26 +101,40 @@ def replace_method(owner: Any, method: str, by: Callable[..., Any]) -> Callable[
 
 
 def _mark_stack(stack: PackedStack, mark: Mark) -> Callable[[], None]:
-    """Has the C++ decoder note when each operator ends, and hands that on after each step."""
+    """Has the C++ decoder note when each operator ends; handed on later, since that takes longer than some steps."""
     inner, num_layers = stack.hidden, len(stack.model.layers)
     marks = stack.marks = torch.zeros(len(_MARKED) * num_layers + 3, dtype=torch.int64)
 
+    kept: list[Tensor] = []
+
     def hidden(batch: ForwardBatch) -> Tensor:
         out = inner(batch)
-        times = marks.tolist()
-        mark("embedding", times[0], times[1])
-        for i in range(num_layers):
-            first = 1 + i * len(_MARKED)
-            mark(f"layer {i}", times[first], times[first + len(_MARKED)])
-            for place, name in enumerate(_MARKED, first):
-                mark(name, times[place], times[place + 1])
-        mark("rmsnorm", times[-2], times[-1])
+        kept.append(marks.clone())
+        if len(kept) == _MOST_KEPT:
+            hand_on()
         return out
+
+    def hand_on() -> None:
+        for step in kept:
+            _tell(step.tolist(), num_layers, mark)
+        kept.clear()
 
     restore = replace_method(stack, "hidden", hidden)
 
     def remove() -> None:
         stack.marks = None
         restore()
+        hand_on()
 
     return remove
+
+
+def _tell(times: list[int], num_layers: int, mark: Mark) -> None:
+    """Hands on the marks of one step."""
+    mark("embedding", times[0], times[1])
+    for i in range(num_layers):
+        first = 1 + i * len(_MARKED)
+        mark(f"layer {i}", times[first], times[first + len(_MARKED)])
+        for place, name in enumerate(_MARKED, first):
+            mark(name, times[place], times[place + 1])
+    mark("rmsnorm", times[-2], times[-1])
