@@ -68,6 +68,9 @@ TRITON = [case for case in CASES if case[1].kind == "triton" and _num_rows(case[
 @pytest.mark.parametrize(("spec", "version", "shape", "dtype"), TRITON, ids=_id)
 def test_triton_interpreted(spec: KernelSpec, version: Version, shape: Shape, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
+    reason = version.supports((0, 0), dtype, shape)
+    if reason is not None:
+        pytest.skip(reason)
     run = version.prepare(-1, dtype, shape, Config(128, 1))
     small = {name: min(size, 9) if name in ("tokens", "rows") else size for name, size in shape.items()}
     call = (lambda x, w, eps, out: run(x, None, w, eps, out)) if spec.name == "rmsnorm" else run
@@ -294,7 +297,7 @@ def test_select_takes_the_first_that_fits() -> None:
 
 def test_registry_prices_calls_by_their_size() -> None:
     for spec in SPECS:
-        if not spec.on_gpu:
+        if not spec.on_gpu or spec.name == "moe":  # whose weights are most of it
             continue
         shape = spec.bench[1]
         doubled = {name: 2 * size if name in ("tokens", "rows") else size for name, size in shape.items()}
