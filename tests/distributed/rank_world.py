@@ -80,7 +80,8 @@ def assert_gone(pids: list[int], *folders: Path) -> None:
 
 def script(body: str, model: Path, tmp: Path) -> subprocess.Popen[str]:
     """Runs Python lines, with `LLM`, `SamplingParams` and `options` at hand; its temporary files go below `tmp`."""
-    head = "from minisgl import LLM, SamplingParams\n"
+    head = "import weakref\nweakref.finalize(weakref.finalize, print, end='')\n"  # the first exit handler
+    head += "from minisgl import LLM, SamplingParams\n"
     head += f"options = { ({**PAGES, 'model': str(model), 'tp_size': 2})!r}\n"
     file = tmp / "script.py"
     file.write_text(head + body)

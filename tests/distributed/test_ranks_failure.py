@@ -177,7 +177,7 @@ def test_ctrl_c_ends_all_ranks_cleanly(tp_model: Path, tmp_path: Path) -> None:
 
 
 def test_script_that_ends_without_closing_ends_its_ranks(tp_model: Path, tmp_path: Path) -> None:
-    """It has no `if __name__ == "__main__"` either, and starts once."""
+    """It has no `if __name__ == "__main__"` either, and starts once; and weakref's exit handler was there first."""
     body = "print('once')\nllm = LLM(**options)\nprint(len(llm.generate([[1, 2, 3]])[0].token_ids) > 0)\n"
     process = script(body, tp_model, tmp_path)
     output, errors = process.communicate(timeout=2 * LIMIT_S)

@@ -59,7 +59,7 @@ class LeadEngine(Engine):
         self._checked = _checks_wanted()
         self._commands: list[messages.Command] = []  # since the last step
         self._ranks = ranks = Ranks(config)
-        self._end = weakref.finalize(self, ranks.close)  # at exit, too
+        self._end = weakref.finalize(self, ranks.close)
         try:
             divide_threads(config)
             super().__init__(config, ranks.connect(lambda folder: _join(config, 0, folder)), ranks.agree)

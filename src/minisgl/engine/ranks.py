@@ -7,6 +7,7 @@ imports torch, so that a rank watches its parent from the first moment on.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import multiprocessing
@@ -107,6 +108,7 @@ class Ranks:
         self._joined: SimpleQueue[Any] = SimpleQueue()  # the group, once
         self._processes: list[Any] = []
         self._links: list[Connection] = []
+        atexit.register(self.close)  # before multiprocessing's own, which would wait for the ranks
         try:
             with ignore_sigint(), _without_main():
                 for rank in range(1, self.size):
@@ -234,6 +236,7 @@ class Ranks:
         if self._closing.is_set():
             return
         self._closing.set()
+        atexit.unregister(self.close)
         with contextlib.suppress(OSError):
             self.send(messages.Shutdown())
         self._end(timeout)
