@@ -7,7 +7,10 @@ import importlib
 
 HELP = "measure this machine"
 # Modules of `minisgl.cli.lab`.
-ACTIONS = ("env", "kernels", "index", "store", "attention", "comm", "request", "step", "tune", "rulings", "compare")
+ACTIONS = (
+    *("env", "kernels", "index", "store", "attention", "comm"),
+    *("request", "step", "nsys", "ncu", "tune", "rulings", "compare"),
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
