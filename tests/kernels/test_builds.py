@@ -17,7 +17,8 @@ from minisgl.kernels.spec import registry
 from minisgl.types import KernelError
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-BUILDS = [build for spec in registry().values() for version in spec.versions for build in version.builds]
+SPECS = registry().values()
+BUILDS = [b for spec in SPECS for builds in (spec.builds, *(v.builds for v in spec.versions)) for b in builds]
 
 
 def _name(build: Build) -> str:

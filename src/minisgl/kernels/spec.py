@@ -107,6 +107,7 @@ class KernelSpec(Kernel):
         tolerance: by dtype served, the largest ‖out − reference‖ / ‖reference‖; 0 means equal bit for bit.
         cases: shapes for tests, odd sizes among them. bench: shapes for benchmarks.
         tunable: shapes that `profile tune` measures, over `configs`.
+        builds: typical compilations of the versions that the engine runs, as in `Version`.
         error: `(arguments after the call, after the reference)` → what `tolerance` bounds instead of that norm.
     """
 
@@ -121,6 +122,7 @@ class KernelSpec(Kernel):
     bench: tuple[Shape, ...]
     tunable: tuple[Shape, ...] = ()
     configs: tuple[Config, ...] = ()
+    builds: tuple[Build, ...] = ()
     error: Callable[[tuple[Any, ...], tuple[Any, ...]], float] | None = None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minisgl.kernels.index.ladder import VERSIONS
-from minisgl.kernels.index.op import KERNEL, index
+from minisgl.kernels.index.op import KERNEL, build_for, index
 from minisgl.kernels.spec import FLOATS, KernelSpec, Shape, register
 from minisgl.kernels.tuning import Config
 
@@ -64,5 +64,6 @@ SPEC = register(
         bench=tuple({"tokens": n, **_QWEN} for n in (1, 64, 256, 1024, 4096, 16384)),
         tunable=tuple({"tokens": 4**n, **_QWEN} for n in range(8)),
         configs=tuple(Config(threads, work) for threads in (64, 128, 256) for work in (1, 2, 4, 8)),
+        builds=(build_for("v2", 8192, 16, 4, LANES=32, WORK=4),),
     )
 )

@@ -92,11 +92,4 @@ def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
     return shape["tokens"] * (2 * shape["width"] * dtype.itemsize + shape.get("id_bytes", 4)), 0
 
 
-KERNEL = register(
-    Kernel(
-        name="index",
-        versions=(Version("v2", "cuda", fits, _v2, (build_for("v2", 8192, 16, 4, LANES=32, WORK=4),)),),
-        sizes=("tokens", "width", "vec", "id_bytes"),
-        cost=_cost,
-    )
-)
+KERNEL = register(Kernel("index", (Version("v2", "cuda", fits, _v2),), ("tokens", "width", "vec", "id_bytes"), _cost))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisgl.kernels.qkv_post.op import KERNEL, qkv_post
+from minisgl.kernels.qkv_post.op import KERNEL, build_for, qkv_post
 from minisgl.kernels.rmsnorm.cases import norm
 from minisgl.kernels.rope.cases import random_angles, rotate
 from minisgl.kernels.spec import KernelSpec, Shape, register
@@ -113,5 +113,17 @@ SPEC = register(
         bench=tuple(_case(n, 16, 8, 128, slots=262_144) for n in (1, 64, 256, 1024, 4096, 16384)),
         tunable=tuple(_case(4**n, 16, 8, 128, slots=262_144) for n in range(8)),
         configs=tuple(Config(threads, work) for threads in (64, 128, 256) for work in (1, 2, 4)),
+        builds=tuple(
+            build_for(dtype, {"heads": 16, "kv_heads": 8, "head_dim": dim, "norm": norm, "fp8": fp8}, work)
+            for dtype, dim, norm, work, fp8 in (
+                (torch.bfloat16, 128, 1, 1, 0),
+                (torch.float16, 80, 0, 2, 0),
+                (torch.float32, 256, 1, 2, 0),
+                (torch.bfloat16, 64, 0, 4, 0),
+                (torch.bfloat16, 96, 1, 2, 0),
+                (torch.bfloat16, 128, 1, 1, 1),
+                (torch.float16, 64, 0, 2, 1),
+            )
+        ),
     )
 )

@@ -142,7 +142,7 @@ def _check(
     return num_q
 
 
-def _build(dtype: torch.dtype, shape: Shape, work: int) -> Build:
+def build_for(dtype: torch.dtype, shape: Shape, work: int) -> Build:
     return Build.of(
         "qkv_post/qkv_post.cu",
         "qkv_post",
@@ -161,7 +161,7 @@ def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     heads = shape["heads"] + 2 * shape["kv_heads"]
     work = min(config.work, heads)
     threads = shape["tokens"] * -(-heads // work) * head_lanes(shape["head_dim"])
-    build = _build(dtype, shape, work)
+    build = build_for(dtype, shape, work)
     return prepare(build, device, check.num_blocks(threads, config.threads), config.threads, config.pdl)
 
 
@@ -173,30 +173,5 @@ def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
     return shape["tokens"] * (row + 4 + shape.get("id_bytes", 8)), shape["tokens"] * flops
 
 
-KERNEL = register(
-    Kernel(
-        name="qkv_post",
-        versions=(
-            Version(
-                "v1",
-                "cuda",
-                floats_only,
-                _v1,
-                tuple(
-                    _build(dtype, {"heads": 16, "kv_heads": 8, "head_dim": dim, "norm": norm, "fp8": fp8}, work)
-                    for dtype, dim, norm, work, fp8 in (
-                        (torch.bfloat16, 128, 1, 1, 0),
-                        (torch.float16, 80, 0, 2, 0),
-                        (torch.float32, 256, 1, 2, 0),
-                        (torch.bfloat16, 64, 0, 4, 0),
-                        (torch.bfloat16, 96, 1, 2, 0),
-                        (torch.bfloat16, 128, 1, 1, 1),
-                        (torch.float16, 64, 0, 2, 1),
-                    )
-                ),
-            ),
-        ),
-        sizes=("tokens", "heads", "kv_heads", "head_dim", "norm", "id_bytes", "fp8"),
-        cost=_cost,
-    )
-)
+_SIZES = ("tokens", "heads", "kv_heads", "head_dim", "norm", "id_bytes", "fp8")
+KERNEL = register(Kernel("qkv_post", (Version("v1", "cuda", floats_only, _v1),), _SIZES, _cost))

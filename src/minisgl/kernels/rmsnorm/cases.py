@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisgl.kernels.rmsnorm.op import ADD_KERNEL, KERNEL, add_rmsnorm, rmsnorm
+from minisgl.kernels.rmsnorm.op import ADD_KERNEL, KERNEL, add_rmsnorm, build_for, rmsnorm
 from minisgl.kernels.spec import Kernel, KernelSpec, Shape, register
 from minisgl.kernels.tuning import Config
 
@@ -52,6 +52,15 @@ def _spec(kernel: Kernel, add: int) -> KernelSpec:
         (1, 1024, 0), (5, 4096, 0), (67, 128, 0), (300, 576, 64), (9, 577, 0), (33, 80, 8), (3, 8192, 0), (3, 9, 1),
         (2, 3, 0), (0, 64, 0),
     )  # fmt: skip
+    builds = tuple(
+        build_for(add, dtype, width, vec, row_threads)
+        for dtype, width, vec, row_threads in (
+            (torch.bfloat16, 1024, 8, 128),
+            (torch.float16, 128, 8, 16),
+            (torch.float32, 4096, 4, 512),
+            (torch.bfloat16, 577, 1, 96),
+        )
+    )
     return KernelSpec(
         name=kernel.name,
         run=add_rmsnorm if add else rmsnorm,
@@ -67,6 +76,7 @@ def _spec(kernel: Kernel, add: int) -> KernelSpec:
         cases=tuple({"tokens": t, "width": w, "pad": p} for t, w, p in sizes),
         bench=tuple({"tokens": n, "width": 1024} for n in (1, 64, 256, 1024, 4096, 16384)),
         tunable=tuple({"tokens": 4**n, "width": 1024} for n in range(8)),
+        builds=builds,
         configs=tuple(Config(threads, work) for threads in (128, 256) for work in (1, 2, 4)),
     )
 

@@ -98,7 +98,7 @@ def _fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
     return floats_only(where, dtype, shape)
 
 
-def _build(add: int, dtype: torch.dtype, width: int, vec: int, row_threads: int) -> Build:
+def build_for(add: int, dtype: torch.dtype, width: int, vec: int, row_threads: int) -> Build:
     count = -(-width // (vec * row_threads))
     macros = {"ADD": add, "WIDTH": width, "VEC": vec, "ROW_THREADS": row_threads, "COUNT": count}
     return Build.of("rmsnorm/rmsnorm.cu", "rmsnorm", DTYPE=CTYPES[dtype], **macros)
@@ -115,7 +115,7 @@ def _v2(add: int, device: int, dtype: torch.dtype, shape: Shape, config: Config)
     row_threads = _row_threads(width // vec, config.work)
     threads = max(row_threads, config.threads) if row_threads <= 32 else row_threads
     blocks = -(-rows // (threads // row_threads))
-    start = prepare(_build(add, dtype, width, vec, row_threads), device, blocks, threads, config.pdl)
+    start = prepare(build_for(add, dtype, width, vec, row_threads), device, blocks, threads, config.pdl)
 
     def run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
         other = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
@@ -131,28 +131,14 @@ def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     return triton_v1.run
 
 
+def _cost(add: int, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
+    moved = (shape["tokens"] * (2 + 2 * add) + 1) * shape["width"] * dtype.itemsize
+    return moved, shape["tokens"] * shape["width"] * (4 + add)
+
+
 def _kernel(name: str, add: int) -> Kernel:
-    builds = tuple(
-        _build(add, dtype, width, vec, row_threads)
-        for dtype, width, vec, row_threads in (
-            (torch.bfloat16, 1024, 8, 128),
-            (torch.float16, 128, 8, 16),
-            (torch.float32, 4096, 4, 512),
-            (torch.bfloat16, 577, 1, 96),
-        )
-    )
-    return Kernel(
-        name=name,
-        versions=(
-            Version("v2", "cuda", _fits, partial(_v2, add), builds),
-            Version("v1", "triton", triton_fits, _v1),
-        ),
-        sizes=("tokens", "width", "vec"),
-        cost=lambda shape, dtype: (
-            (shape["tokens"] * (2 + 2 * add) + 1) * shape["width"] * dtype.itemsize,
-            shape["tokens"] * shape["width"] * (4 + add),
-        ),
-    )
+    ours, fallback = Version("v2", "cuda", _fits, partial(_v2, add)), Version("v1", "triton", triton_fits, _v1)
+    return Kernel(name, (ours, fallback), ("tokens", "width", "vec"), partial(_cost, add))
 
 
 KERNEL, ADD_KERNEL = register(_kernel("rmsnorm", 0)), register(_kernel("add_rmsnorm", 1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minisgl.kernels.rope.ladder import VERSIONS
-from minisgl.kernels.rope.op import KERNEL, rope
+from minisgl.kernels.rope.op import KERNEL, build_for, rope
 from minisgl.kernels.spec import KernelSpec, Shape, register
 from minisgl.kernels.tuning import Config
 
@@ -70,5 +70,10 @@ SPEC = register(
         bench=tuple(_case(n, 16, 8, 128) for n in (1, 64, 256, 1024, 4096, 16384)),
         tunable=tuple(_case(4**n, 16, 8, 128) for n in range(8)),
         configs=tuple(Config(threads, work) for threads in (64, 128, 256) for work in (1, 2, 4)),
+        builds=(
+            build_for(torch.bfloat16, 16, 8, 128, 1),
+            build_for(torch.float32, 9, 3, 64, 2),
+            build_for(torch.float16, 4, 4, 80, 4),
+        ),
     )
 )

@@ -71,7 +71,7 @@ def head_lanes(dim: int) -> int:
     return 1 << (dim // 8 - 1).bit_length()
 
 
-def _build(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, work: int) -> Build:
+def build_for(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, work: int) -> Build:
     macros = {"HEAD_DIM": dim, "NUM_Q": heads, "NUM_KV": kv_heads, "WORK": work}
     return Build.of("rope/rope.cu", "rope", DTYPE=CTYPES[dtype], **macros)
 
@@ -80,7 +80,7 @@ def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     tokens, heads, kv_heads, dim = (shape[n] for n in ("tokens", "heads", "kv_heads", "head_dim"))
     work = min(config.work, heads + kv_heads)
     blocks = check.num_blocks(tokens * -(-(heads + kv_heads) // work) * head_lanes(dim), config.threads)
-    start = prepare(_build(dtype, heads, kv_heads, dim, work), device, blocks, config.threads, config.pdl)
+    start = prepare(build_for(dtype, heads, kv_heads, dim, work), device, blocks, config.threads, config.pdl)
 
     def run(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
         tables = cos_sin.data_ptr(), positions.data_ptr()
@@ -94,23 +94,5 @@ def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
     return numbers * 2 * dtype.itemsize + shape["tokens"] * (shape["head_dim"] + 1) * 4, 3 * numbers
 
 
-KERNEL = register(
-    Kernel(
-        name="rope",
-        versions=(
-            Version(
-                "v2",
-                "cuda",
-                floats_only,
-                _v2,
-                (
-                    _build(torch.bfloat16, 16, 8, 128, 1),
-                    _build(torch.float32, 9, 3, 64, 2),
-                    _build(torch.float16, 4, 4, 80, 4),
-                ),
-            ),
-        ),
-        sizes=("tokens", "heads", "kv_heads", "head_dim"),
-        cost=_cost,
-    )
-)
+_SIZES = ("tokens", "heads", "kv_heads", "head_dim")
+KERNEL = register(Kernel("rope", (Version("v2", "cuda", floats_only, _v2),), _SIZES, _cost))

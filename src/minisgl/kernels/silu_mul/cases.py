@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minisgl.kernels.silu_mul.ladder import VERSIONS
-from minisgl.kernels.silu_mul.op import KERNEL, silu_mul
+from minisgl.kernels.silu_mul.op import KERNEL, build_for, silu_mul
 from minisgl.kernels.spec import KernelSpec, Shape, register
 from minisgl.kernels.tuning import Config
 
@@ -46,5 +46,10 @@ SPEC = register(
         bench=tuple({"tokens": n, "columns": 3072} for n in (1, 64, 256, 1024, 4096, 16384)),
         tunable=tuple({"tokens": 4**n, "columns": 3072} for n in range(8)),
         configs=tuple(Config(threads, work) for threads in (64, 128, 256) for work in (1, 2, 4)),
+        builds=(
+            build_for(torch.bfloat16, 3072, 8, 2),
+            build_for(torch.float32, 33, 1, 4),
+            build_for(torch.float16, 40, 8, 1),
+        ),
     )
 )

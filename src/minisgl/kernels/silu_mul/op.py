@@ -46,14 +46,14 @@ def _plan(tensors: tuple[Tensor, Tensor], version: str | None, config: Config | 
     return launcher("silu_mul", device, out.dtype, version, config, rows, columns, vec)
 
 
-def _build(dtype: torch.dtype, columns: int, vec: int, work: int) -> Build:
+def build_for(dtype: torch.dtype, columns: int, vec: int, work: int) -> Build:
     return Build.of("silu_mul/silu_mul.cu", "silu_mul", DTYPE=CTYPES[dtype], COLUMNS=columns, VEC=vec, WORK=work)
 
 
 def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     rows, columns, vec = shape["tokens"], shape["columns"], shape["vec"]
     blocks = check.num_blocks(rows * columns // vec, config.threads * config.work)
-    start = prepare(_build(dtype, columns, vec, config.work), device, blocks, config.threads, config.pdl)
+    start = prepare(build_for(dtype, columns, vec, config.work), device, blocks, config.threads, config.pdl)
 
     def run(gate_up: Tensor, out: Tensor) -> None:
         start(gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), out.stride(0), rows)
@@ -61,22 +61,10 @@ def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     return run
 
 
-KERNEL = register(
-    Kernel(
-        name="silu_mul",
-        versions=(
-            Version(
-                "v2",
-                "cuda",
-                floats_only,
-                _v2,
-                (_build(torch.bfloat16, 3072, 8, 2), _build(torch.float32, 33, 1, 4), _build(torch.float16, 40, 8, 1)),
-            ),
-        ),
-        sizes=("tokens", "columns", "vec"),
-        cost=lambda shape, dtype: (
-            shape["tokens"] * shape["columns"] * 3 * dtype.itemsize,
-            shape["tokens"] * shape["columns"] * 5,
-        ),
-    )
-)
+def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
+    numbers = shape["tokens"] * shape["columns"]
+    return 3 * numbers * dtype.itemsize, 5 * numbers
+
+
+_SIZES = ("tokens", "columns", "vec")
+KERNEL = register(Kernel("silu_mul", (Version("v2", "cuda", floats_only, _v2),), _SIZES, _cost))

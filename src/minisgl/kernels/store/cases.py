@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minisgl.kernels.spec import FLOATS, KernelSpec, Shape, register
 from minisgl.kernels.store.ladder import VERSIONS, store_sorted
-from minisgl.kernels.store.op import KERNEL, store
+from minisgl.kernels.store.op import KERNEL, build_for, store
 from minisgl.kernels.tuning import Config
 
 ORDERS = ("random", "sequential", "sorted", "paged")  # paged: pages of 16 slots in random order, each in order
@@ -92,5 +92,6 @@ SPEC = register(
         bench=tuple({"tokens": n, **_QWEN} for n in (1, 64, 256, 1024, 4096, 16384)),
         tunable=tuple({"tokens": 4**n, **_QWEN} for n in range(8)),
         configs=tuple(Config(threads, work) for threads in (64, 128, 256) for work in (1, 2, 4)),
+        builds=(build_for("v2", 2048, 16, 8, LANES=32, WORK=2),),
     )
 )

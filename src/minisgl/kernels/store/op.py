@@ -91,11 +91,5 @@ def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
     return shape["tokens"] * (4 * row_bytes_of(dtype, shape) + shape.get("id_bytes", 8)), 0
 
 
-KERNEL = register(
-    Kernel(
-        name="store",
-        versions=(Version("v2", "cuda", fits, _v2, (build_for("v2", 2048, 16, 8, LANES=32, WORK=2),)),),
-        sizes=("tokens", "heads", "head_dim", "vec", "id_bytes"),
-        cost=_cost,
-    )
-)
+_SIZES = ("tokens", "heads", "head_dim", "vec", "id_bytes")
+KERNEL = register(Kernel("store", (Version("v2", "cuda", fits, _v2),), _SIZES, _cost))
