@@ -76,7 +76,7 @@ def _driver(
     runner = driver.engine.runner
     runner.attention = DeviceOnly()
     with torch.inference_mode():
-        runner.graphs = Uncaptured(runner.model, runner.pool, runner.attention, runner.rows, max_batch, False)
+        runner.graphs = Uncaptured(runner.model, runner.pool, runner.attention, runner.rows, ladder(max_batch), False)
     replayed: list[int] = []
     replay = runner.graphs.replay
 

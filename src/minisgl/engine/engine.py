@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
-from minisgl.attention import make_attention
+from minisgl.attention import AttentionBackend, make_attention
 from minisgl.cache.pool import FP8, KVPool
 from minisgl.cache.prefix import make_prefix_cache
 from minisgl.config import EngineConfig, resolve
 from minisgl.distributed import TPGroup
+from minisgl.engine.budget import explained, measure
+from minisgl.engine.graphs import ladder
 from minisgl.engine.memory import choose_num_pages
 from minisgl.engine.runner import ModelRunner, StepHandle
 from minisgl.engine.scheduler import Scheduler
@@ -69,69 +71,67 @@ class Engine:
             raise ConfigError(f"tp is {config.tp_size}, and an Engine is one rank; LLM or make_engine start the others")
         self.tp = tp or TPGroup()
         self.device = rank_device(config, self.tp.rank)
-        dtype = getattr(torch, config.dtype)
-        path = resolve_model(config.model)
-        dummy, packed, fused = config.dummy_weights, config.attention == "cpu", config.fused_kernels == "on"
-        self.model = load_model(
-            Path(path),
-            dtype,
-            self.device,
-            self.tp,
-            dummy,
-            config.seed,
-            progress=self.tp.rank == 0,
-            packed=packed,
-            fused=fused,
-        )
-        model = self.model.config
-        context = model.max_position
-        if config.max_model_len is not None and config.max_model_len > context:
-            raise ModelError(f"max-model-len is {config.max_model_len}; the model's context has {context} tokens")
-        context = config.max_model_len or context
-        kv_dtype = FP8 if config.kv_cache_dtype == "fp8" else dtype
-        num_pages = choose_num_pages(config, model, self.model.num_kv_heads_per_rank, dtype, kv_dtype, context)
-        if agree is not None:
-            num_pages = agree(num_pages)
-        pool = KVPool(
-            model.num_layers,
-            self.model.num_kv_heads_per_rank,
-            model.head_dim,
-            config.page_size,
-            num_pages,
-            kv_dtype,
-            self.device,
-        )
-        if pool.quantised:
-            pool.set_scales(*kv_scales(self.model))
-        assert config.max_running is not None and config.max_batched_tokens is not None
-        self.scheduler = Scheduler(
-            num_pages,
-            config.page_size,
-            config.max_running,
-            config.max_batched_tokens,
-            context,
-            make_prefix_cache(config.page_size) if config.prefix_cache else None,
-            config.policy,
-        )
-        self.runner = ModelRunner(
-            self.model,
-            pool,
-            make_attention(config.attention),
-            config.max_running,
-            self.scheduler.max_total_tokens,
-            config.seed,
-        )
-        if config.device == "cuda" and config.cuda_graph and self.runner.attention.capturable and self.model.capturable:
-            largest = min(config.max_running, config.cuda_graph_max_batch or config.max_running)
-            self.runner.capture(largest, progress=self.tp.rank == 0)
+        with explained():
+            self._start(config, agree)
         if use_nvtx():
             add_spans(self.model, self.runner.attention)
         self.lag = 1 if config.overlap else 0
-        self.vocab_size = model.vocab_size
+        self.vocab_size = self.model.config.vocab_size
         self.max_total_tokens = self.scheduler.max_total_tokens
         self._in_flight: deque[StepHandle] = deque()
         self._pending: list[TokenOutput] = []  # terminal outputs that no step brings
         log.info("engine ready: %s, at most %d tokens a request", config, self.max_total_tokens)
+
+    def _start(self, config: EngineConfig, agree: Callable[[int], int] | None) -> None:
+        """Loads the model, shares out the memory, captures graphs."""
+        dtype = getattr(torch, config.dtype)
+        self.model = load_model(
+            Path(resolve_model(config.model)), dtype, self.device, self.tp, config.dummy_weights, config.seed,
+            progress=self.tp.rank == 0, packed=config.attention == "cpu", fused=config.fused_kernels == "on",
+        )  # fmt: skip
+        context = self._context(config)
+        attention = make_attention(config.attention)
+        sizes = self._graph_sizes(config, attention)
+        budget = None
+        if config.device == "cuda" and config.num_pages is None:
+            budget = measure(self.model, self._make_pool(config, 1), attention, config, context, sizes)
+        heads = self.model.num_kv_heads_per_rank
+        num_pages = choose_num_pages(config, self.model.config, heads, dtype, self._kv_dtype(config), context, budget)
+        if agree is not None:
+            num_pages = agree(num_pages)
+        pool = self._make_pool(config, num_pages)
+        assert config.max_running is not None and config.max_batched_tokens is not None
+        cache = make_prefix_cache(config.page_size) if config.prefix_cache else None
+        self.scheduler = Scheduler(
+            num_pages, config.page_size, config.max_running, config.max_batched_tokens, context, cache, config.policy
+        )
+        most = self.scheduler.max_total_tokens
+        self.runner = ModelRunner(self.model, pool, attention, config.max_running, most, config.seed)
+        if sizes:
+            self.runner.capture(sizes, progress=self.tp.rank == 0)
+
+    def _context(self, config: EngineConfig) -> int:
+        longest, asked = self.model.config.max_position, config.max_model_len
+        if asked is not None and asked > longest:
+            raise ModelError(f"max-model-len is {asked}; the model's context has {longest} tokens")
+        return asked or longest
+
+    def _graph_sizes(self, config: EngineConfig, attention: AttentionBackend) -> list[int]:
+        """Batches that get CUDA graphs."""
+        assert config.max_running is not None
+        if config.device != "cuda" or not (config.cuda_graph and attention.capturable and self.model.capturable):
+            return []
+        return ladder(min(config.max_running, config.cuda_graph_max_batch or config.max_running))
+
+    def _kv_dtype(self, config: EngineConfig) -> torch.dtype:
+        return FP8 if config.kv_cache_dtype == "fp8" else getattr(torch, config.dtype)  # type: ignore[no-any-return]
+
+    def _make_pool(self, config: EngineConfig, num_pages: int) -> KVPool:
+        c, heads, dtype = self.model.config, self.model.num_kv_heads_per_rank, self._kv_dtype(config)
+        pool = KVPool(c.num_layers, heads, c.head_dim, config.page_size, num_pages, dtype, self.device)
+        if pool.quantised:
+            pool.set_scales(*kv_scales(self.model))
+        return pool
 
     # -- requests ------------------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Captured decode steps for batches of up to `max_batch`: for short contexts, and for any."""
+    """Captured decode steps for batches of `sizes` (ascending, see `ladder`): for short contexts, and for any."""
 
     def __init__(
         self,
@@ -94,11 +94,10 @@ class DecodeGraphs:
         pool: KVPool,
         attention: AttentionBackend,
         state: DeviceRows,
-        max_batch: int,
+        sizes: list[int],
         progress: bool,
     ) -> None:
-        self.max_batch, self.state = max_batch, state
-        self.sizes = ladder(max_batch)
+        self.sizes, self.max_batch, self.state = sizes, sizes[-1], state
         self.ways = (Way.PLAIN, Way.FILTERED) if model.vocab.whole else (Way.PLAIN,)
         self._pad = np.array([[state.dummy], [NEVER], [0]], np.int32)
         self.page_size, most = pool.page_size, state.page_table.shape[1]

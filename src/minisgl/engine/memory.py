@@ -8,6 +8,7 @@ import torch
 
 from minisgl.cache.pool import KVPool
 from minisgl.config import EngineConfig
+from minisgl.engine.budget import Budget
 from minisgl.hardware import available_memory
 from minisgl.models.config import ModelConfig
 from minisgl.types import ConfigError
@@ -36,11 +37,12 @@ def choose_num_pages(
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
     context: int,
+    budget: Budget | None = None,
 ) -> int:
     """Pages of the KV pool: what was asked for, or what memory allows once the weights are loaded.
 
     Args:
-        dtype: of activations. kv_dtype: of the pool.
+        dtype: of activations. kv_dtype: of the pool. budget: of a GPU.
 
     Raises:
         ConfigError: not even one page fits; the message names what to lower.
@@ -49,9 +51,9 @@ def choose_num_pages(
         return config.num_pages
     page = KVPool.page_bytes(model.num_layers, num_kv_heads, model.head_dim, config.page_size, kv_dtype)
     reserve = _activation_bytes(config, model, dtype)
-    if config.device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        room = int(free - (1 - config.mem_fraction) * total) - reserve
+    if budget is not None:
+        room, reserve = budget.room(config.mem_fraction), budget.activations + budget.graphs
+        free = room + reserve
     else:
         free = (available_memory() or 4 * CPU_POOL_BYTES) // config.tp_size  # the ranks share it
         room = min(int(free * config.mem_fraction) - reserve, CPU_POOL_BYTES // config.tp_size)
@@ -63,5 +65,7 @@ def choose_num_pages(
         )
     enough = config.max_running or 1
     num_pages = min(num_pages, enough * -(-context // config.page_size))
+    if budget is not None:
+        log.info("%s", budget.table((num_pages + 1) * page, num_pages * config.page_size))
     log.info("KV pool: %d pages of %d tokens, %d MiB", num_pages, config.page_size, num_pages * page // MIB)
     return int(num_pages)

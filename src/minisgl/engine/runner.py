@@ -64,9 +64,9 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self.prompt_logprobs: dict[str, list[TokenLogprob]] = {}  # by request, to be taken with its first token
 
-    def capture(self, max_batch: int, progress: bool = True) -> None:
-        """Captures CUDA graphs of decode steps with up to `max_batch` requests."""
-        self.graphs = DecodeGraphs(self.model, self.pool, self.attention, self.rows, max_batch, progress)
+    def capture(self, sizes: list[int], progress: bool = True) -> None:
+        """Captures CUDA graphs of decode steps with so many requests."""
+        self.graphs = DecodeGraphs(self.model, self.pool, self.attention, self.rows, sizes, progress)
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> StepHandle:
