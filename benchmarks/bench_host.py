@@ -26,7 +26,7 @@ from common import append_line, environment, spread
 
 from minisgl.config import EngineConfig
 from minisgl.engine.engine import Engine
-from minisgl.engine.graphs import DecodeGraphs, DecodeStep, _Captured, ladder
+from minisgl.engine.graphs import Captured, DecodeGraphs, DecodeStep, ladder
 from minisgl.models.hub import resolve_model
 from minisgl.text import OutputProcessor, load_text
 from minisgl.types import SamplingParams
@@ -50,10 +50,10 @@ class Nothing:
 class EmptyGraphs(DecodeGraphs):
     """Decode steps that compute nothing: every token is the same."""
 
-    def _capture(self, step: DecodeStep, memory: Any) -> tuple[_Captured, Any]:
+    def _capture(self, step: DecodeStep, memory: Any) -> tuple[Captured, Any]:
         graph: Any = Nothing()
         step.tokens.fill_(100)
-        return _Captured(step, graph, dict.fromkeys(self.ways, graph), torch.empty(step.size, 0)), None
+        return Captured(step, graph, dict.fromkeys(self.ways, graph), torch.empty(step.size, 0)), None
 
 
 def make_engine(batch: int) -> Engine:

@@ -22,6 +22,7 @@ from minisgl.models import load_model
 from minisgl.types import ConfigError
 
 GB = 10**9
+PAGE = KVPool(2, 1, 24, 16, 1, torch.float32, "cpu").page_bytes
 BUDGET = Budget(total=80 * GB, others=GB, weights=16 * GB, activations=3 * GB, graphs=2 * GB)
 
 
@@ -35,22 +36,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_budget_leaves_the_pool_what_the_fraction_allows() -> None:
     assert BUDGET.room(0.9) == 50 * GB
     table = BUDGET.table(49 * GB, 340_000)
-    assert [float(line.split()[-1]) for line in table.splitlines()[1:5]] == [1, 16, 3, 2]
-    assert "49.00  (340,000 tokens)" in table and table.splitlines()[-1].split() == ["left", "9.00"]
+    assert [float(line.split()[0]) for line in table.splitlines()] == [80, 1, 16, 3, 2, 49, 9]
+    assert "49.00 GB  KV pool of 340,000 tokens" in table and table.endswith("left")
 
 
 def _choose(budget: Budget, folder: Path, **options: Any) -> int:
     config = EngineConfig(device="cuda", max_running=64, max_batched_tokens=2048, **options)
     shape = load_model(folder, torch.float32, torch.device("cpu"), progress=False).config
-    return choose_num_pages(config, shape, shape.num_kv_heads, torch.float32, torch.float32, 10**6, budget)
+    return choose_num_pages(config, shape, torch.float32, PAGE, 10**6, budget)
 
 
 def test_pool_takes_the_room_of_the_budget(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    page = KVPool.page_bytes(2, 1, 24, 16, torch.float32)
     small = replace(BUDGET, total=23 * GB)
-    assert _choose(small, folder, mem_fraction=1.0) == GB // page - 1
-    assert "activations     3.00" in caplog.text
+    assert _choose(small, folder, mem_fraction=1.0) == GB // PAGE - 1
+    assert "3.00 GB  activations" in caplog.text
     with pytest.raises(ConfigError, match="max-batched-tokens or --max-running, or raise --mem-fraction"):
         _choose(small, folder, mem_fraction=0.9)
 
@@ -81,8 +81,8 @@ def test_largest_prefill_is_a_step_that_runs(folder: Path, tokens: int, context:
 def test_steps_stay_within_the_measured_budget(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     driver = Driver(folder, device="cuda", num_pages=None, max_batched_tokens=4096, max_running=64, mem_fraction=0.5)
-    assert "memory, GB" in caplog.text and "KV pool" in caplog.text
-    told = {line.split()[0]: float(line.split()[1]) for line in caplog.text.splitlines() if line.startswith("  ")}
+    told = {w[2]: float(w[0]) for w in map(str.split, caplog.text.splitlines()) if len(w) == 3 and w[1] == "GB"}
+    assert told["weights"] >= 0 and "KV pool of" in caplog.text
     reserved = torch.cuda.memory_reserved()
     prompts = [[(i + k) % 100 + 2 for k in range(400)] for i in range(20)]
     ids = [driver.add(p, replace(GREEDY, max_tokens=20, presence_penalty=0.1 * (i % 2))) for i, p in enumerate(prompts)]

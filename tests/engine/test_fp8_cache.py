@@ -108,7 +108,7 @@ def test_engine_with_fp8_cache_answers_alike_on_every_route(folder: Callable[[st
 
 
 def test_an_fp8_page_takes_a_quarter_of_a_float32_page() -> None:
-    sizes = [KVPool.page_bytes(30, 3, 64, 16, dtype) for dtype in (torch.float32, FP8)]
+    sizes = [KVPool(30, 3, 64, 16, 1, dtype, "cpu").page_bytes for dtype in (torch.float32, FP8)]
     assert sizes[0] == 4 * sizes[1]
 
 
@@ -116,7 +116,8 @@ def test_memory_has_room_for_more_fp8_pages(folder: Callable[[str], Path]) -> No
     model = load_model(folder("llama_bias"), torch.float32, CPU, progress=False).config
     config = EngineConfig(device="cpu", max_running=10_000, max_batched_tokens=10_000)
     with mock.patch("minisgl.engine.memory.available_memory", return_value=1 << 32):
-        few, many = (choose_num_pages(config, model, 2, torch.float32, d, 1 << 20) for d in (torch.float32, FP8))
+        pools = [KVPool(model.num_layers, 2, model.head_dim, 16, 1, d, CPU) for d in (torch.float32, FP8)]
+        few, many = (choose_num_pages(config, model, torch.float32, p.page_bytes, 1 << 20) for p in pools)
     assert 3.9 * few < many < 4.1 * few
 
 

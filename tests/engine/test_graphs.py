@@ -59,12 +59,12 @@ class Uncaptured(DecodeGraphs):
     """The same steps without a GPU."""
 
     def _capture(self, step: DecodeStep, memory: Any) -> Any:
-        from minisgl.engine.graphs import _Captured
+        from minisgl.engine.graphs import Captured
 
         logits = step.forward()
         forward: Any = Replayed(lambda: logits.copy_(step.forward()))
         samplers: Any = {way: Replayed(partial(step.sample, logits, way is Way.FILTERED)) for way in self.ways}
-        return _Captured(step, forward, samplers, logits), None
+        return Captured(step, forward, samplers, logits), None
 
 
 def _driver(

@@ -45,10 +45,10 @@ class KVPool:
         self.k_scale.copy_(k_scale)
         self.v_scale.copy_(v_scale)
 
-    @staticmethod
-    def page_bytes(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
+    @property
+    def page_bytes(self) -> int:
         """Bytes of one page over all layers, keys and values."""
-        return 2 * num_layers * page_size * num_kv_heads * head_dim * dtype.itemsize
+        return 2 * self.k[:, 0].numel() * self.k.element_size()
 
     @property
     def dummy_page(self) -> int:

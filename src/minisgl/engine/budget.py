@@ -17,9 +17,6 @@ from minisgl.engine.state import DeviceRows
 from minisgl.models import CausalLM
 from minisgl.types import ConfigError
 
-GB = 1e9
-_LOWER = "lower --mem-fraction, --max-batched-tokens, --max-running or --max-model-len"
-
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -37,11 +34,9 @@ class Budget:
 
     def table(self, pool_bytes: int, num_tokens: int) -> str:
         parts = {name: getattr(self, name) for name in ("others", "weights", "activations", "graphs")}
-        parts["KV pool"] = pool_bytes
+        parts[f"KV pool of {num_tokens:,} tokens"] = pool_bytes
         parts["left"] = self.total - sum(parts.values())
-        lines = [f"  {name:12}{size / GB:8.2f}" for name, size in parts.items()]
-        lines[-2] += f"  ({num_tokens:,} tokens)"
-        return "\n".join([f"memory, GB:   {self.total / GB:8.2f}", *lines])
+        return "\n".join(f"{size / 1e9:10.2f} GB  {name}" for name, size in ({"in all": self.total} | parts).items())
 
 
 @contextmanager
@@ -54,7 +49,8 @@ def explained() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as e:
-        raise ConfigError(f"the GPU's memory ran out at start; {_LOWER}. {str(e).splitlines()[0]}") from e
+        lower = "lower --mem-fraction, --max-batched-tokens, --max-running or --max-model-len"
+        raise ConfigError(f"the GPU's memory ran out at start; {lower}. {str(e).splitlines()[0]}") from e
 
 
 def largest_prefill(config: EngineConfig, context: int, pool: KVPool, attention: AttentionBackend) -> ForwardBatch:

@@ -18,7 +18,7 @@ from minisgl.distributed import TPGroup
 from minisgl.engine.budget import explained, measure
 from minisgl.engine.graphs import ladder
 from minisgl.engine.memory import choose_num_pages
-from minisgl.engine.runner import ModelRunner, StepHandle
+from minisgl.engine.runner import ModelRunner, StepHandle, StepResult
 from minisgl.engine.scheduler import Scheduler
 from minisgl.hardware import detect
 from minisgl.messages import EngineStats, TokenOutput
@@ -27,15 +27,7 @@ from minisgl.models.hub import resolve_model
 from minisgl.models.kv_scales import kv_scales
 from minisgl.models.spans import add_spans
 from minisgl.timing import span, use_nvtx
-from minisgl.types import (
-    ConfigError,
-    FinishReason,
-    ModelError,
-    Request,
-    RequestError,
-    SamplingParams,
-    TokenLogprob,
-)
+from minisgl.types import ConfigError, FinishReason, ModelError, Request, RequestError, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -89,14 +81,16 @@ class Engine:
             Path(resolve_model(config.model)), dtype, self.device, self.tp, config.dummy_weights, config.seed,
             progress=self.tp.rank == 0, packed=config.attention == "cpu", fused=config.fused_kernels == "on",
         )  # fmt: skip
-        context = self._context(config)
+        longest = self.model.config.max_position
+        context = config.max_model_len or longest
+        if context > longest:
+            raise ModelError(f"max-model-len is {context}; the model's context has {longest} tokens")
         attention = make_attention(config.attention)
         sizes = self._graph_sizes(config, attention)
-        budget = None
+        trial, budget = self._make_pool(config, 1), None
         if config.device == "cuda" and config.num_pages is None:
-            budget = measure(self.model, self._make_pool(config, 1), attention, config, context, sizes)
-        heads = self.model.num_kv_heads_per_rank
-        num_pages = choose_num_pages(config, self.model.config, heads, dtype, self._kv_dtype(config), context, budget)
+            budget = measure(self.model, trial, attention, config, context, sizes)
+        num_pages = choose_num_pages(config, self.model.config, dtype, trial.page_bytes, context, budget)
         if agree is not None:
             num_pages = agree(num_pages)
         pool = self._make_pool(config, num_pages)
@@ -110,12 +104,6 @@ class Engine:
         if sizes:
             self.runner.capture(sizes, progress=self.tp.rank == 0)
 
-    def _context(self, config: EngineConfig) -> int:
-        longest, asked = self.model.config.max_position, config.max_model_len
-        if asked is not None and asked > longest:
-            raise ModelError(f"max-model-len is {asked}; the model's context has {longest} tokens")
-        return asked or longest
-
     def _graph_sizes(self, config: EngineConfig, attention: AttentionBackend) -> list[int]:
         """Batches that get CUDA graphs."""
         assert config.max_running is not None
@@ -123,11 +111,9 @@ class Engine:
             return []
         return ladder(min(config.max_running, config.cuda_graph_max_batch or config.max_running))
 
-    def _kv_dtype(self, config: EngineConfig) -> torch.dtype:
-        return FP8 if config.kv_cache_dtype == "fp8" else getattr(torch, config.dtype)  # type: ignore[no-any-return]
-
     def _make_pool(self, config: EngineConfig, num_pages: int) -> KVPool:
-        c, heads, dtype = self.model.config, self.model.num_kv_heads_per_rank, self._kv_dtype(config)
+        c, heads = self.model.config, self.model.num_kv_heads_per_rank
+        dtype = FP8 if config.kv_cache_dtype == "fp8" else getattr(torch, config.dtype)
         pool = KVPool(c.num_layers, heads, c.head_dim, config.page_size, num_pages, dtype, self.device)
         if pool.quantised:
             pool.set_scales(*kv_scales(self.model))
@@ -203,13 +189,16 @@ class Engine:
             if plain and request.params.max_tokens != 0:  # most of them, and most of a decode step's time here
                 outputs.append(TokenOutput(request.id, [request.tokens[-1]], [], reason, None, request.num_cached))
             else:
-                outputs.append(self._output(request, reason, result.logprobs.get(place.get(request.id, -1))))
+                outputs.append(self._output(request, reason, place, result))
         return outputs
 
-    def _output(self, request: Request, reason: FinishReason | None, logprob: TokenLogprob | None) -> TokenOutput:
+    def _output(
+        self, request: Request, reason: FinishReason | None, place: dict[str, int], result: StepResult
+    ) -> TokenOutput:
         """As `_collect`'s plain case, with what only some requests want."""
         unwanted = request.params.max_tokens == 0
         self.scheduler.output_tokens -= unwanted
+        logprob = result.logprobs.get(place.get(request.id, -1))
         first = request.params.prompt_logprobs and request.num_output == 1
         return TokenOutput(
             request.id,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from minisgl.attention.base import AttentionBackend, ForwardBatch
 from minisgl.cache.pool import KVPool
-from minisgl.engine.sampler import Way, sample_rows
-from minisgl.engine.state import DeviceRows, Uploader
+from minisgl.engine.sampler import Way, filter_rows, gumbel_argmax
+from minisgl.engine.state import DeviceRows, RowParams, Uploader
 from minisgl.kernels.prepare.op import NEVER, DecodeInputs, prepare
 from minisgl.models import CausalLM
 from minisgl.types import Request
@@ -61,24 +61,28 @@ class DecodeStep:
         return self.model.forward(batch)
 
     def sample(self, logits: Tensor, filtered: bool) -> None:
-        """Samples `tokens`, and makes them the rows' last ones."""
-        state = self.state
-        sample_rows(logits, self.words[0], self.inputs, state.last_token, self.model.vocab, filtered, self.tokens)
+        """Samples `tokens` for rows whose way is PLAIN, or FILTERED (`logits` may be overwritten then).
+
+        Nothing of it comes from the host; `last_token` of the rows is written as well.
+        """
+        x, vocab, last = self.inputs, self.model.vocab, self.state.last_token
+        params = RowParams(x.params)
+        if filtered:
+            filter_rows(logits, params, vocab, 0)
+        if logits.is_cuda and vocab.whole:
+            from minisgl.kernels.sample.op import sample_tokens
+
+            choice = params.temperature, params.seed, x.output_index
+            sample_tokens(logits, *choice, self.tokens, rows=self.words[0], last=last)
+        else:
+            self.tokens.copy_(gumbel_argmax(logits, params, x.output_index, vocab))
+            last.index_copy_(0, self.words[0].long(), self.tokens.to(torch.int32))
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
-    """What a replayed step leaves; valid until the next one."""
+class Captured:
+    """A step as graphs. What a replay leaves in `logits` and in the step's tensors is valid until the next one."""
 
-    logits: Tensor  # [R, V]
-    rows: Tensor  # [R]
-    params: Tensor  # [R, 8]
-    output_index: Tensor  # [R]
-    tokens: Tensor  # [R] int64, if it sampled
-
-
-@dataclass(frozen=True, slots=True)
-class _Captured:
     step: DecodeStep
     forward: torch.cuda.CUDAGraph
     samplers: dict[Way, torch.cuda.CUDAGraph]
@@ -102,7 +106,7 @@ class DecodeGraphs:
         self._pad = np.array([[state.dummy], [NEVER], [0]], np.int32)
         self.page_size, most = pool.page_size, state.page_table.shape[1]
         self.widths = sorted({min((attention.short_context or most * self.page_size) // self.page_size, most), most})
-        self._steps: dict[tuple[int, int], _Captured] = {}
+        self._steps: dict[tuple[int, int], Captured] = {}
         memory = None
         wanted = [(size, pages) for size in reversed(self.sizes) for pages in self.widths]
         for size, pages in _progress(wanted, progress):  # the largest first: others fit its memory
@@ -111,7 +115,7 @@ class DecodeGraphs:
             self._steps[size, pages], memory = self._capture(step, memory)
 
     @torch.inference_mode()
-    def _capture(self, step: DecodeStep, memory: Any) -> tuple[_Captured, Any]:
+    def _capture(self, step: DecodeStep, memory: Any) -> tuple[Captured, Any]:
         """The step's graphs, in the pool `memory` (None: a new one), which is returned for the next."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -126,9 +130,9 @@ class DecodeGraphs:
         for way, sampler in samplers.items():
             with torch.cuda.graph(sampler, pool=forward.pool()):
                 step.sample(logits, way is Way.FILTERED)
-        return _Captured(step, forward, samplers, _alias(logits)), forward.pool()
+        return Captured(step, forward, samplers, _alias(logits)), forward.pool()
 
-    def replay(self, upload: Uploader, requests: Sequence[Request], longest: int, way: Way) -> Replay:
+    def replay(self, upload: Uploader, requests: Sequence[Request], longest: int, way: Way) -> Captured:
         """Starts a step for `requests`, of which the longest has `longest` tokens with the one computed now.
 
         It samples too, but where the way is EAGER.
@@ -136,16 +140,13 @@ class DecodeGraphs:
         count = len(requests)
         size = next(s for s in self.sizes if s >= count)
         captured = self._steps[size, next(w for w in self.widths if w * self.page_size >= longest)]
-        step, x, logits = captured.step, captured.step.inputs, captured.logits
         words = np.repeat(self._pad, size, axis=1)
         self.state.decode_words(requests, words)
-        upload.send(words.ravel(), out=step.words.view(-1))
+        upload.send(words.ravel(), out=captured.step.words.view(-1))
         captured.forward.replay()
         if way in captured.samplers:
             captured.samplers[way].replay()
-        return Replay(
-            logits[:count], step.words[0, :count], x.params[:count], x.output_index[:count], step.tokens[:count]
-        )
+        return captured
 
 
 def _progress(work: list[tuple[int, int]], show: bool) -> Iterable[tuple[int, int]]:

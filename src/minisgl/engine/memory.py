@@ -6,7 +6,6 @@ import logging
 
 import torch
 
-from minisgl.cache.pool import KVPool
 from minisgl.config import EngineConfig
 from minisgl.engine.budget import Budget
 from minisgl.hardware import available_memory
@@ -31,25 +30,18 @@ def _activation_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dty
 
 
 def choose_num_pages(
-    config: EngineConfig,
-    model: ModelConfig,
-    num_kv_heads: int,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    context: int,
-    budget: Budget | None = None,
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, page: int, context: int, budget: Budget | None = None
 ) -> int:
     """Pages of the KV pool: what was asked for, or what memory allows once the weights are loaded.
 
     Args:
-        dtype: of activations. kv_dtype: of the pool. budget: of a GPU.
+        dtype: of activations. page: bytes of one. budget: of a GPU.
 
     Raises:
         ConfigError: not even one page fits; the message names what to lower.
     """
     if config.num_pages is not None:
         return config.num_pages
-    page = KVPool.page_bytes(model.num_layers, num_kv_heads, model.head_dim, config.page_size, kv_dtype)
     reserve = _activation_bytes(config, model, dtype)
     if budget is not None:
         room, reserve = budget.room(config.mem_fraction), budget.activations + budget.graphs
@@ -63,9 +55,8 @@ def choose_num_pages(
             f"no memory for a KV pool: {free // MIB} MiB are free, a step needs {reserve // MIB} MiB and a page "
             f"{page / MIB:.2f} MiB; lower --max-batched-tokens or --max-running, or raise --mem-fraction"
         )
-    enough = config.max_running or 1
-    num_pages = min(num_pages, enough * -(-context // config.page_size))
+    num_pages = min(num_pages, (config.max_running or 1) * -(-context // config.page_size))
     if budget is not None:
-        log.info("%s", budget.table((num_pages + 1) * page, num_pages * config.page_size))
+        log.info("the GPU's memory:\n%s", budget.table((num_pages + 1) * page, num_pages * config.page_size))
     log.info("KV pool: %d pages of %d tokens, %d MiB", num_pages, config.page_size, num_pages * page // MIB)
     return int(num_pages)

@@ -118,12 +118,14 @@ class ModelRunner:
         requests = handle.requests
         way = max(self.states[r.row].way for r in requests) if self._special else Way.PLAIN
         with span("forward"):
-            step = graphs.replay(self.upload, requests, max(handle.batch.starts) + 1, way)
+            done = graphs.replay(self.upload, requests, max(handle.batch.starts) + 1, way)
+        count, step, x = len(requests), done.step, done.step.inputs
         with span("sample"):
             if way is not Way.EAGER:
-                self._fetch(handle, step.tokens)
+                self._fetch(handle, step.tokens[:count])
             else:
-                self._sample(handle, step.logits, step.rows, RowParams(step.params), step.output_index)
+                rows, params = step.words[0, :count], RowParams(x.params[:count])
+                self._sample(handle, done.logits[:count], rows, params, x.output_index[:count])
 
     # -- without -------------------------------------------------------------------------------------------------
 

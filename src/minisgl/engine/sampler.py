@@ -12,7 +12,6 @@ from torch import Tensor
 from minisgl.engine import vocab_parallel
 from minisgl.engine.state import RowParams
 from minisgl.kernels import cpu
-from minisgl.kernels.prepare.op import DecodeInputs
 from minisgl.kernels.sample.filter import filter_logits
 from minisgl.kernels.sample.noise import gumbel_noise
 from minisgl.models.sharding import VocabRange
@@ -131,7 +130,7 @@ def _best(
     return first + scaled.argmax(-1)
 
 
-def _filter(logits: Tensor, params: RowParams, vocab: VocabRange, most: int) -> Tensor:
+def filter_rows(logits: Tensor, params: RowParams, vocab: VocabRange, most: int) -> Tensor:
     """What top-k, top-p and min-p leave of `logits`, which may be overwritten.
 
     Args:
@@ -154,38 +153,12 @@ def _draw(
     if filtered:
         logits = logits.clone()
     if filtered and logits.is_cuda and vocab.whole:
-        _filter(logits, params, vocab, 0)
+        filter_rows(logits, params, vocab, 0)
     elif filtered:
         tops = [rows[i].params.top_k or 0 for i in filtered]
-        part = _filter(logits[filtered], params.select(filtered), vocab, max(tops) if all(tops) else 0)
+        part = filter_rows(logits[filtered], params.select(filtered), vocab, max(tops) if all(tops) else 0)
         logits[filtered] = part.to(logits.dtype)
     return gumbel_argmax(logits, params, output_index, vocab)
-
-
-def sample_rows(
-    logits: Tensor,
-    rows: Tensor,
-    inputs: DecodeInputs,
-    last_token: Tensor,
-    vocab: VocabRange,
-    filtered: bool,
-    out: Tensor,
-) -> None:
-    """Tokens `out` [R] int64 of `rows` [R] int32, also for `last_token`; nothing of it comes from the host.
-
-    Serves rows whose `RowState.way` is PLAIN, or FILTERED with `filtered`; `logits` may be overwritten.
-    """
-    params = RowParams(inputs.params)
-    if filtered:
-        _filter(logits, params, vocab, 0)
-    if logits.is_cuda and vocab.whole:
-        from minisgl.kernels.sample.op import sample_tokens
-
-        choice = params.temperature, params.seed, inputs.output_index
-        sample_tokens(logits, *choice, out, rows=rows, last=last_token)
-    else:
-        out.copy_(gumbel_argmax(logits, params, inputs.output_index, vocab))
-        last_token.index_copy_(0, rows.long(), out.to(torch.int32))
 
 
 def _logprobs(logits: Tensor, rows: Sequence[RowState], out: SampledTokens, vocab: VocabRange) -> None:
