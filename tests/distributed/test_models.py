@@ -118,9 +118,10 @@ def test_ranks_with_packed_weights_give_the_logits_of_one(models: list[Path], si
 @needs_extension
 def test_smollm2_on_three_ranks_keeps_its_greedy_tokens(smollm2: Path) -> None:
     """9 attention heads and 3 key-value heads; what transformers answers."""
-    greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
-    requests = [(case["prompt_token_ids"], greedy) for case in EXPECTED["cases"]]
-    expected = [case["output_token_ids"][:16] for case in EXPECTED["cases"]]
+    greedy = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    cases = EXPECTED["cases"][:4]
+    requests = [(case["prompt_token_ids"], greedy) for case in cases]
+    expected = [case["output_token_ids"][:10] for case in cases]
     for rank in run_world(3, bodies.answers, [smollm2], requests, {"num_pages": 200, "max_running": 8}):
         assert [tokens for tokens, *_ in rank[0][0]] == expected
 

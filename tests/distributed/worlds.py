@@ -6,7 +6,7 @@ from typing import Any
 
 from minisgl.profiling.ranks import Body, run_ranks
 
-LIMIT_S = 120.0  # generous: the processes of a loaded machine start slowly
+LIMIT_S = 240.0  # generous: the processes of a loaded machine start slowly
 
 
 def run_world(
