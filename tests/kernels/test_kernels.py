@@ -61,7 +61,12 @@ def _compare(out: Tensor, expected: Tensor, tolerance: float, what: str) -> None
     assert error is not None and error <= tolerance, f"{what}: {error}"
 
 
-TRITON = [case for case in CASES if case[1].kind == "triton" and _num_rows(case[2])]
+# a shape with an `n` is a matrix product: the interpreter's knows no bfloat16
+TRITON = [
+    (spec, version, shape, dtype)
+    for spec, version, shape, dtype in CASES
+    if version.kind == "triton" and _num_rows(shape) and not ("n" in shape and dtype == torch.bfloat16)
+]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests run them")
@@ -302,7 +307,8 @@ def test_registry_prices_calls_by_their_size() -> None:
         shape = spec.bench[1]
         doubled = {name: 2 * size if name in ("tokens", "rows") else size for name, size in shape.items()}
         (once, flops), (twice, more_flops) = (spec.cost(s, torch.bfloat16) for s in (shape, doubled))
-        assert once > 0 and 1.9 * once < twice <= 2 * once and more_flops == 2 * flops
+        least = 1.0 if "n" in shape else 1.9  # weights are read once, whatever the batch
+        assert once > 0 and least * once < twice <= 2 * once and more_flops == 2 * flops
 
 
 @pytest.mark.parametrize(
