@@ -210,26 +210,22 @@ def test_process_ends_where_a_gpu_would_wait_for_the_dead(tp_model: Path, tmp_pa
 # -- at rest -------------------------------------------------------------------------------------------------------
 
 
-def test_ranks_rest_when_there_is_nothing_to_do(tp_model: Path) -> None:
+def test_ranks_rest_without_work_and_end_with_close(tp_model: Path) -> None:
     def cpu_seconds(pid: int) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
-    with start(tp_model, 2) as llm:
-        llm.generate([1, 2, 3], greedy(4))
-        [pid] = rank_pids(llm)
-        time.sleep(0.2)
-        before = cpu_seconds(pid)
-        time.sleep(1.5)
-        assert cpu_seconds(pid) - before < 0.3
-
-
-def test_close_ends_the_ranks_and_may_be_repeated(tp_model: Path) -> None:
     llm = start(tp_model, 2)
-    pids, path = rank_pids(llm), folder(llm)
+    llm.generate([1, 2, 3], greedy(4))
+    [pid] = rank_pids(llm)
+    path = folder(llm)
+    time.sleep(0.2)
+    before = cpu_seconds(pid)
+    time.sleep(1.5)
+    assert cpu_seconds(pid) - before < 0.3
     for _ in range(2):
         llm.close()
-        assert not any(map(alive, pids))
+        assert not alive(pid)
         assert not path.exists()
 
 

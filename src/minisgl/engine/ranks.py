@@ -94,7 +94,7 @@ class Ranks:
     does with them raises EngineDeadError with the reason."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.size = config.tp_size
+        self.size, self._owner = config.tp_size, os.getpid()
         self.failure: EngineDeadError | None = None
         self.busy = False  # rank 0 does what may wait for the others
         self._on_gpu = config.device == "cuda"
@@ -233,7 +233,7 @@ class Ranks:
 
     def close(self, timeout: float = STOP_S) -> None:
         """Tells the ranks to end, and kills those that still run after `timeout` seconds. Idempotent."""
-        if self._closing.is_set():
+        if self._closing.is_set() or os.getpid() != self._owner:  # a fork's exit isn't ours
             return
         self._closing.set()
         atexit.unregister(self.close)
