@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 PARENT_CHECK_S = 1.0
 GRACE_S = 0.2  # in which ranks that fail together tell why
 BLAME_S = 10.0  # in which a rank that broke a collective is found dead
-HANG_S = 10.0  # that rank 0 may hang in a step without the others
+HANG_S = 20.0  # that rank 0 may go on without the others before it counts as hanging
 STOP_S = 1.5  # for ranks that were told to end; less than the server gives the engine
 
 
@@ -145,14 +145,13 @@ class Ranks:
         self.gather()
         threading.Thread(target=body, daemon=True).start()
         group: TPGroup = _take(self._joined)
-        self._group = group
+        self._group, self.busy = group, True
         return group
 
     def agree(self, num_pages: int) -> int:
         """The fewest pages that any rank has room for, given rank 0's; every rank learns them."""
         fewest = min(num_pages, *self.gather())
         self.send(messages.RankStage(fewest))
-        self.busy = True  # captures graphs
         return fewest
 
     def gather(self) -> list[int]:
