@@ -28,6 +28,7 @@ struct alignas(16) uint4 {
 struct Index {
     unsigned x;
 };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline thread_local Index threadIdx;
 inline Index blockIdx, blockDim, gridDim;
 
@@ -67,11 +68,21 @@ inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 struct Warp {
     std::barrier<> barrier{32};
     float value[32];
+    long long whole[32];
     unsigned a[32][4], b[32][2];
 };
 inline std::unique_ptr<std::barrier<>> block_barrier;
 inline std::vector<std::unique_ptr<Warp>> warps;
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline void __syncwarp() { warps[threadIdx.x / 32]->barrier.arrive_and_wait(); }
+inline long long __shfl_sync(unsigned, long long x, int from) {
+    Warp& warp = *warps[threadIdx.x / 32];
+    warp.whole[threadIdx.x % 32] = x;
+    warp.barrier.arrive_and_wait();
+    const long long y = warp.whole[from];
+    warp.barrier.arrive_and_wait();
+    return y;
+}
 inline float __shfl_xor_sync(unsigned, float x, int offset) {
     Warp& warp = *warps[threadIdx.x / 32];
     const int lane = threadIdx.x % 32;
