@@ -63,13 +63,15 @@ def check_trace(path: Path) -> None:
 
 def test_request_of_a_tiny_model(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    found = measure(out, "--model", str(tiny_model), "--dummy-weights", "--num-pages", "200", "--prompt", "ABCD" * 20)
-    assert found["summary"]["prompt_tokens"] == 80 and found["summary"]["output_tokens"] == 8
+    found = measure(out, "--model", str(tiny_model), "--dummy-weights", "--num-pages", "200", "--prompt", "ABCD" * 20,
+                    "--max-tokens", "24")  # fmt: skip
+    assert found["summary"]["prompt_tokens"] >= 80 and found["summary"]["output_tokens"] == 24
     names = {row["span"] for row in found["rows"]}
-    wanted = {"connect", "http in", "tokenize", "queue", "schedule", "radix match", "prepare", "sample", "detokenize"}
-    assert wanted | OPERATORS | {"embedding", "rmsnorm", "lm head", "http out", "decode step"} <= names
+    # not the ways between processes: one may begin before the other has ended
+    wanted = {"connect", "tokenize", "schedule", "radix match", "prepare", "sample", "detokenize", "decode step"}
+    assert wanted | OPERATORS | {"embedding", "rmsnorm", "lm head"} <= names
     shown = capsys.readouterr().out
-    assert "time to first token: " in shown and "time a token, mean of 7: " in shown and "█" in shown
+    assert "time to first token: " in shown and "time a token, mean of 23: " in shown and "█" in shown
     assert {path.name for path in out.iterdir()} == {"request.json", "request.trace.json"}
 
 

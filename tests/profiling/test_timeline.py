@@ -27,6 +27,8 @@ def told(pieces: Sequence[Piece]) -> list[tuple[str, float, str]]:
 
 # One request of two tokens, as server and engine record it; what the client measured is `SEEN`.
 SPANS = [
+    span("step", -40, 60),  # of a request before it
+    span("decode 1", -30, 50),
     span("connect", 0, 10, "client"),
     span("send request", 10, 20, "client"),
     span("tokenize", 50, 90, "server"),

@@ -48,13 +48,14 @@ class Piece:
         return (self.end - self.start) / 1e3
 
 
-def partition(spans: Iterable[Span], start: int, end: int, engine_until: int) -> list[Piece]:
+def partition(spans: Iterable[Span], start: int, end: int, engine_until: int, engine_from: int = 0) -> list[Piece]:
     """Pieces that follow one another from `start` to `end` without a hole.
 
     Args:
         engine_until: from here on, what engine and GPU do is for later tokens.
+        engine_from: up to here it was for earlier requests.
     """
-    clipped = ((_clip(s, start, end, engine_until), s) for s in spans)
+    clipped = ((_clip(s, start, end, (engine_from, engine_until)), s) for s in spans)
     inside = [(*part, s) for part, s in clipped if part is not None]
     on_gpu = any(s.process == "gpu" for *_, s in inside)
     times = sorted({start, end, *(first for first, _, _ in inside), *(last for _, last, _ in inside)})
@@ -69,9 +70,10 @@ def partition(spans: Iterable[Span], start: int, end: int, engine_until: int) ->
     return _name_gaps(_join(pieces))
 
 
-def _clip(s: Span, start: int, end: int, engine_until: int) -> tuple[int, int] | None:
+def _clip(s: Span, start: int, end: int, engine: tuple[int, int]) -> tuple[int, int] | None:
     """The part of a span within the window, if there is any."""
-    first, last = max(s.start, start), min(s.end, engine_until if s.process in ("engine", "gpu") else end, end)
+    low, high = engine if s.process in ("engine", "gpu") else (start, end)
+    first, last = max(s.start, start, low), min(s.end, end, high)
     return (first, last) if last > first else None
 
 
@@ -221,7 +223,9 @@ def timeline(spans: Sequence[Span], request: Answered) -> Timeline:
     Raises:
         MinisglError: the spans hold no token on its way to the client.
     """
-    ttft = partition(spans, request.sent, request.first, _sent_by(spans, request.first))
+    handed_over = (s.start for s in spans if s.name == "send to engine" and s.process == "server")
+    begun = min((start for start in handed_over if start > request.sent), default=0)
+    ttft = partition(spans, request.sent, request.first, _sent_by(spans, request.first), begun)
     if request.last == request.first:
         return Timeline(request, ttft, [])
     decode = partition(spans, request.first, request.last, _sent_by(spans, request.last))
@@ -229,12 +233,13 @@ def timeline(spans: Sequence[Span], request: Answered) -> Timeline:
 
 
 def _sent_by(spans: Sequence[Span], arrived: int) -> int:
-    """When the engine had sent the token that the client got at `arrived`."""
-    read = [s.start for s in spans if s.name == "detokenize" and s.process == "server" and s.start < arrived]
-    sent = [s.end for s in spans if s.name == "send" and s.process == "engine" and read and s.start < max(read)]
+    """When the engine had sent the token that the client got at `arrived`: the server may have had it sooner."""
+    mine = (s.start for s in spans if s.name == "detokenize" and s.process == "server")
+    read = max((start for start in mine if start < arrived), default=0)
+    sent = [s.end for s in spans if s.name == "send" and s.process == "engine" and s.start < read]
     if not sent:
         raise MinisglError("the trace holds no token on its way to the client; was the capture running by then?")
-    return max(sent)
+    return min(max(sent), read)
 
 
 # -- on a terminal -------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import http.client
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,9 +13,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from minisgl.cli.lab.tool import child_environment
 from minisgl.cli.options import ENGINE_OPTIONS
 from minisgl.config import EngineConfig
 from minisgl.profiling.spans import Recorder
@@ -120,11 +119,9 @@ def serving(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Serv
     Raises:
         MinisglError: it doesn't start; with what it said.
     """
-    package = str(Path(__file__).resolve().parents[3])  # the child runs the same sources
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "minisgl", "serve", "--port", "0", *arguments]
     with tempfile.TemporaryFile("w+") as log:
-        environment = {**os.environ, "PYTHONPATH": path, **(env or {})}
+        environment = child_environment(env)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         try:
             yield Server(_port(process, log), process.pid)

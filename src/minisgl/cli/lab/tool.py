@@ -56,11 +56,17 @@ def program(words: Sequence[str]) -> list[str]:
 
 def run(command: Sequence[str], env: dict[str, str] | None = None) -> int:
     """The exit code of `command`, run to its end with our own output; Ctrl-C is left to it."""
-    package = str(Path(__file__).resolve().parents[3])  # it runs the same sources
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path, **(env or {})})
+    process = subprocess.Popen(command, env=child_environment(env))
     while True:
         try:
             return process.wait()
         except KeyboardInterrupt:
             continue
+
+
+def child_environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    """This process's environment, in which `python -m minisgl` runs the same sources as this process."""
+    found = {**os.environ, **(more or {})}
+    package = str(Path(__file__).resolve().parents[3])
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, (package, found.get("PYTHONPATH"))))
+    return found
