@@ -204,13 +204,7 @@ class Ranks:
 
     def _fail(self, failures: dict[int, messages.RankFailed | None]) -> None:
         """Blames one that died without a word first, one that lost another last."""
-
-        def innocence(rank: int) -> int:
-            told = failures[rank]
-            return 0 if told is None else 1 + told.lost_peer
-
-        rank = min(failures, key=innocence)
-        told = failures[rank]
+        rank, told = min(failures.items(), key=lambda item: 0 if item[1] is None else 1 + item[1].lost_peer)
         text = exit_text(self._processes[rank - 1], f"rank {rank}") if told is None else f"rank {rank}: {told.error}"
         self._end(0)
         self._traceback = told.traceback if told is not None else ""
@@ -236,8 +230,9 @@ class Ranks:
             return
         self._closing.set()
         atexit.unregister(self.close)
-        with contextlib.suppress(OSError):
-            self.send(messages.Shutdown())
+        if timeout:  # or they may be too far behind to take a message
+            with contextlib.suppress(OSError):
+                self.send(messages.Shutdown())
         self._end(timeout)
         self.failure = self.failure or EngineDeadError("the engine is closed")
 
@@ -249,7 +244,6 @@ class Ranks:
             for process in self._processes:
                 process.join(max(0.0, deadline - time.monotonic()))
                 process.kill()
-            for process in self._processes:
                 process.join()
             self._folder.remove()
 
