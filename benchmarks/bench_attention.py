@@ -1,6 +1,6 @@
 """Triton attention on a GPU: decode against memory bandwidth, prefill beside torch's own flash attention and cuDNN.
 
-    python benchmarks/bench_attention.py [--models qwen3-0.6b] [--no-save]
+    python benchmarks/bench_attention.py [--models qwen3-0.6b] [--fp8] [--no-save]
 
 Times are per call from the replay of a CUDA graph over the layers of a pool of 256 MB and more, so that no call finds
 its keys and values in the L2 cache. What torch is given lies contiguous already: its flash attention reads no pages of
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,15 @@ def measure(name: str, calls: list[Callable[[], Tensor]], work: Workload, bandwi
     return row
 
 
-def run_model(model: str, bandwidth: float) -> list[dict[str, Any]]:
+def run_model(model: str, bandwidth: float, fp8: bool) -> list[dict[str, Any]]:
     rows = []
     for work in workloads(model):
+        if fp8:
+            work = replace(work, fp8=True, name=f"{work.name}, fp8")
         batch = work.batch(make_attention("triton"))
         prefill = batch.num_decodes == 0
         rows.append(measure("triton", layer_calls(work, batch), work, None if prefill else bandwidth))
-        for name, call in torch_calls(work, batch).items() if prefill else ():
+        for name, call in torch_calls(work, batch).items() if prefill and not fp8 else ():
             try:
                 rows.append(measure(name, [call], work, None))
             except RuntimeError as e:
@@ -101,6 +104,7 @@ def run_model(model: str, bandwidth: float) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}; default: all")
+    parser.add_argument("--fp8", action="store_true", help="over an FP8 cache; ours alone")
     parser.add_argument("--no-save", action="store_true", help="print only; append nothing to results/attention.jsonl")
     args = parser.parse_args()
 
@@ -108,7 +112,7 @@ def main() -> None:
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s\n{'microseconds':>62}{'p10':>10}{'p90':>10}")
     for model in args.models.split(","):
         print(model)
-        rows = run_model(model, bandwidth)
+        rows = run_model(model, bandwidth, args.fp8)
         if not args.no_save:
             record = {"model": model, "bandwidth": bandwidth, "rows": rows}
             append_line("attention.jsonl", environment("cuda") | record)

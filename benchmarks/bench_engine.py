@@ -2,7 +2,8 @@
 
     python benchmarks/bench_engine.py [--model smollm2] [--device auto] [--batches 1 4 16] [--context 128] [--no-save]
 
-A decode step can't be faster than (weight bytes + KV bytes read) / bandwidth; the benchmark measures the bandwidth
+A decode step can't be faster than (weight bytes + KV bytes read) / bandwidth (of experts, those that random routing
+touches; of keys and values, those inside a sliding window); the benchmark measures the bandwidth
 first and prints that floor beside each figure. A CPU whose last cache holds the weights can be below
 it. Prompts are random token ids; greedy; end-of-text ids ignored.
 """
@@ -13,6 +14,7 @@ import argparse
 import random
 import time
 from array import array
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from common import append_line, environment, memory_bandwidth, spread
 
 from minisgl.config import EngineConfig
 from minisgl.engine.engine import Engine
+from minisgl.profiling.floor import kv_bytes, step_bytes
+from minisgl.profiling.shapes import SHAPES, shape_folder
 from minisgl.types import SamplingParams
 
 WARM_UP_STEPS = 4
@@ -29,18 +33,10 @@ def random_prompt(length: int, vocab_size: int) -> array[int]:
     return array("i", [random.randrange(vocab_size) for _ in range(length)])
 
 
-def weight_bytes(engine: Engine) -> int:
-    """Bytes of weights that a decode step reads: all, but an embedding table that isn't the LM head as well."""
-    model = engine.model
-    weights = (w for m in model.modules() for w in (*m.parameters(recurse=False), getattr(m, "weight", None)))
-    total = sum({id(w): w.nbytes for w in weights if w is not None}.values())  # packed ones are no parameters
-    return total if model.config.tie_embeddings else total - model.embed_tokens.weight.nbytes
-
-
-def kv_bytes(engine: Engine) -> int:
-    """Bytes of keys and values of one token, over all layers."""
-    pool = engine.runner.pool
-    return 2 * pool.num_layers * pool.num_kv_heads * pool.head_dim * pool.k.element_size()
+def seen(engine: Engine, context: int) -> float:
+    """Tokens of `context` that a query sees, on the average over layers: all, or those inside a sliding window."""
+    windows = engine.model.config.windows
+    return sum(min(context, window or context) for window in windows) / len(windows)
 
 
 def sync(engine: Engine) -> None:
@@ -109,6 +105,10 @@ def main() -> None:
     parser.add_argument("--no-overlap", action="store_true")
     parser.add_argument("--no-cuda-graph", action="store_true")
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), help="random weights of this model's shape, instead of --model"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--context", type=int, default=128, help="tokens before each decoded one (default: 128)")
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed (default: 32)")
@@ -116,27 +116,34 @@ def main() -> None:
     parser.add_argument("--no-save", action="store_true", help="print only; append nothing to results/engine.jsonl")
     args = parser.parse_args()
     random.seed(0)
+    with ExitStack() as stack:
+        run(args, str(stack.enter_context(shape_folder(args.shape))) if args.shape else args.model)
+
+
+def run(args: argparse.Namespace, model: str) -> None:
     config = EngineConfig(
-        model=args.model,
+        model=model,
         device=args.device,
         dtype=args.dtype,
-        dummy_weights=args.dummy_weights,
+        dummy_weights=args.dummy_weights or args.shape is not None,
         overlap=not args.no_overlap,
         cuda_graph=not args.no_cuda_graph,
         attention=args.attention,
+        kv_cache_dtype=args.kv_cache_dtype,
         max_running=max(args.batches),
         max_batched_tokens=max(2048, *args.batches),
     )
     engine = Engine(config)
     device = engine.config.device
     bandwidth = memory_bandwidth(device)
-    weights, per_token = weight_bytes(engine), kv_bytes(engine)
+    per_token = kv_bytes(engine)
     print(f"{environment(device)['hardware']}: memory bandwidth {bandwidth / 1e9:.1f} GB/s measured")
-    print(f"{args.model}, {engine.config.dtype}: {weights / 1e6:.0f} MB of weights, {per_token} B of KV a token")
+    name, most = args.shape or args.model, step_bytes(engine, max(args.batches))
+    print(f"{name}, {engine.config.dtype}: {most / 1e6:.0f} MB of weights a step, {per_token} B of KV a token")
     rows = []
     for batch in args.batches:
         value = spread(bench_decode(engine, batch, args.context, args.steps))
-        floor = (weights + batch * args.context * per_token) / bandwidth
+        floor = (step_bytes(engine, batch) + batch * seen(engine, args.context) * per_token) / bandwidth
         rows.append(report(f"decode, batch {batch}", "tok/s", value, floor, batch))
     for length in args.prefill:
         value = spread(bench_prefill(engine, 1, length, 5))

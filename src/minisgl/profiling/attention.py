@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minisgl.attention import NAMES, make_attention
 from minisgl.attention.base import AttentionBackend, ForwardBatch
-from minisgl.cache.pool import KVPool
+from minisgl.cache.pool import FP8, KVPool
 from minisgl.profiling.clock import calls_us, spread, time_call
 from minisgl.profiling.record import Record
 from minisgl.profiling.roofline import Ceilings, floor, gbps, tflops
@@ -36,6 +36,7 @@ class Workload:
     page_size: int = 16
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
+    fp8: bool = False  # keys and values; the dtype is that of the queries
 
     @property
     def phase(self) -> str:
@@ -44,8 +45,8 @@ class Workload:
     @property
     def layer_bytes(self) -> int:
         """Keys and values that are read, with queries and outputs."""
-        kv = 2 * sum(self.lens) * self.kv_heads * self.dim
-        return (kv + 2 * sum(self.counts) * self.heads * self.dim) * self.dtype.itemsize
+        kv = 2 * sum(self.lens) * self.kv_heads * self.dim * (1 if self.fp8 else self.dtype.itemsize)
+        return kv + 2 * sum(self.counts) * self.heads * self.dim * self.dtype.itemsize
 
     @property
     def flops(self) -> int:
@@ -62,9 +63,9 @@ class Workload:
         """Random keys and values on pages in random order, in `num_layers` layers."""
         needed = [-(-n // self.page_size) for n in self.lens]
         shape = (self.num_layers, self.kv_heads, self.dim, self.page_size, sum(needed))
-        pool = KVPool(*shape, self.dtype, self.device)
-        pool.k.normal_()
-        pool.v.normal_()
+        pool = KVPool(*shape, FP8 if self.fp8 else self.dtype, self.device)
+        for half in (pool.k, pool.v):
+            half.view(torch.uint8).random_(0, 0x40) if self.fp8 else half.normal_()  # FP8: bytes of 0 to 2
         pages = np.random.default_rng(0).permutation(sum(needed)).astype(np.int32)
         table = np.zeros((len(needed), max(needed)), np.int32)
         for row, chunk in zip(table, np.split(pages, np.cumsum(needed)[:-1]), strict=True):

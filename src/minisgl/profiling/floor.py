@@ -88,7 +88,7 @@ def workload_cost(engine: Engine, prompts: Sequence[int], outputs: Sequence[int]
     model, running = engine.model.config, engine.config.max_running or len(prompts)
     num_outputs = sum(outputs)
     steps = max(max(outputs), -(-num_outputs // running))
-    weights = steps * _step_bytes(engine, num_outputs / steps)
+    weights = steps * step_bytes(engine, num_outputs / steps)
     computed = sum(prompts) + num_outputs - len(prompts)  # the last token of a request isn't fed back
     requests = list(zip(prompts, outputs, strict=True))
     reads = _seen(model, [(p + 1, p + o) for p, o in requests])  # by decode steps; those of prefill are left out
@@ -138,7 +138,7 @@ def kv_bytes(engine: Engine) -> int:
     return 2 * pool.num_layers * pool.num_kv_heads * pool.head_dim * pool.k.element_size()
 
 
-def _step_bytes(engine: Engine, batch: float) -> float:
+def step_bytes(engine: Engine, batch: float) -> float:
     """Bytes of weights that a step over `batch` tokens reads; of experts, those that random routing touches."""
     total, moe = weight_bytes(engine), engine.model.config.moe
     if moe is None:
