@@ -16,7 +16,7 @@ GROUPS  := base cmake $(if $(GPU),cuda)
 SOURCES := $(shell find src csrc -not -name '*.pyc' -not -name '__pycache__')
 C_FILES  = $(shell find benchmarks csrc src tests -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-gpu lint format bench
+.PHONY: help demo test test-gpu lint format bench profile
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo 'make lint      formatting, types, the direction of imports, the line budget'
 	@echo 'make format    formats the sources'
 	@echo 'make bench     what the engine reaches on this machine, beside its floor (GPU) or its goals (CPU)'
+	@echo 'make profile   the laboratory: measures this machine, writes out/profile/report (ARGS=--quick: two minutes)'
 	@echo 'PYTHON=python3.12 chooses the interpreter of a new .venv'
 
 demo: $(VENV)/package.stamp
@@ -39,6 +40,9 @@ test-gpu: $(VENV)/package.stamp $(VENV)/dev.stamp
 
 bench: $(VENV)/package.stamp
 	$(PY) benchmarks/$(if $(GPU),bench_engine,bench_product).py $(ARGS)
+
+profile: $(VENV)/package.stamp $(VENV)/profile.stamp
+	PYTHON=$(PY) scripts/06_full_pipeline.sh $(ARGS)
 
 lint: $(VENV)/base.stamp $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check
@@ -68,6 +72,11 @@ $(VENV)/base.stamp: pyproject.toml constraints-cpu.txt tools/requirements.py | $
 $(VENV)/dev.stamp: $(VENV)/base.stamp
 	$(PY) tools/requirements.py dev > $(VENV)/dev.txt
 	$(PIP) $(PINS) -r $(VENV)/base.txt -r $(VENV)/dev.txt
+	@touch $@
+
+$(VENV)/profile.stamp: $(VENV)/base.stamp
+	$(PY) tools/requirements.py profile > $(VENV)/profile.txt
+	$(PIP) $(PINS) -r $(VENV)/base.txt -r $(VENV)/profile.txt
 	@touch $@
 
 # Not editable: what runs is what was installed, and what was installed is what the tree holds now. No cache: pip

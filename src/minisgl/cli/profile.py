@@ -9,7 +9,7 @@ HELP = "measure this machine"
 # Modules of `minisgl.cli.lab`.
 ACTIONS = (
     *("env", "kernels", "index", "store", "attention", "comm"),
-    *("request", "step", "nsys", "ncu", "tune", "rulings", "compare"),
+    *("request", "step", "load", "nsys", "ncu", "tune", "rulings", "compare", "report"),
 )
 
 

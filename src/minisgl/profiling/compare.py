@@ -18,6 +18,7 @@ from minisgl.profiling.record import Record, new_record, read
 Against = Literal["reference", "earlier run", "floor"]
 Runs = Mapping[str, Record]  # by kind
 REGRESSION = 0.05  # slower by more than this, beyond the spread of both runs
+_DULL = ("vocab", "slots", "order")  # sizes that say little to a reader; rows name their order beside them
 NEAR_FLOOR = 0.7  # a fraction of the limit that leaves minor tuning
 # What a row measures; all else says what it is a measurement of.
 MEASURES = frozenset(
@@ -108,6 +109,8 @@ def _row_of(figure: Figure, runs: Runs) -> tuple[float, dict[str, Any]] | None:
         value = record.summary.get(figure.summary)
         scale = 1000.0 if figure.summary.endswith("_ms") else 1.0
         return None if not value else (float(value) * scale, {})
+    if not figure.match:
+        return None
     fits = [row for row in record.rows if _fits(row, figure.match) and row.get("version") != "copy"]
     timed = [(us, row) for row in fits if (us := median_us(row)) is not None]
     return min(timed, key=lambda pair: pair[0], default=None)
@@ -124,6 +127,8 @@ def _explain(
     figure: Figure, row: Mapping[str, Any], measured: float, expected: float, record: Record, flawed: Mapping[str, str]
 ) -> tuple[str, str]:
     """Likely cause, and the experiment that would tell."""
+    if figure.host:
+        return "host work: another processor, another implementation", "minisgl profile request, and its trace"
     if record.hardware.get("device") == "cpu":
         return "a CPU did the work of the reference's GPU", f"minisgl profile {figure.kind} on a GPU"
     if figure.id in flawed:
@@ -185,7 +190,8 @@ def best_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def case_text(case: Mapping[str, Any] | None) -> str:
     """Sizes in words: 'tokens 64, width 4096'."""
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in (case or {}).items()) or "all cases"
+    told = (f"{name.replace('_', ' ')} {value}" for name, value in (case or {}).items() if name not in _DULL)
+    return ", ".join(told) or "all cases"
 
 
 # -- an earlier run --------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def engine(claim: Claim, case: Case) -> Iterator[tuple[Sampler, Sampler]]:
 
     shape = "smollm2" if detect().cuda is None else "qwen3-0.6b"
     with shape_folder(shape) as folder:
-        common: dict[str, Any] = {"dummy_weights": True, "num_pages": 1024, "max_running": 16, "max_model_len": 2048}
+        common: dict[str, Any] = {"dummy_weights": True, "num_pages": 128, "max_running": 16, "max_model_len": 1024}
         llms = [LLM(str(folder), **common, **arm.options) for arm in (claim.a, claim.b)]
         seeds = count()
         yield _engine_arm(llms[0], case, seeds), _engine_arm(llms[1], case, seeds)

@@ -22,6 +22,7 @@ class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         gbps, fraction: bandwidth, and share of the ceiling, as stated.
         bytes: that move (each byte read and each written), or that a GPU sends over a link.
         ceiling: name of the reference's hardware figure that bounds it, in GB/s.
+        host: whether the host does this work, whatever computes the model.
         also: what else it states, for the reader.
     """
 
@@ -35,6 +36,7 @@ class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fraction: Range | None = None
     bytes: int | None = None
     ceiling: str | None = None
+    host: bool = False
     also: dict[str, str] = {}
 
 

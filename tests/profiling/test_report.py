@@ -1,0 +1,212 @@
+"""Reports rendered from recorded runs: every figure from JSON, every section there, what is missing named."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded import kernel_records, write_h100
+
+from minisgl.cli import main
+from minisgl.profiling.compare import best_rows, compare
+from minisgl.profiling.expected import load_reference
+from minisgl.profiling.record import Record
+from minisgl.profiling.report import keep, write_reports
+from minisgl.profiling.report.kernels import binding, classify
+from minisgl.profiling.report.markdown import number, percent, size, spread, table
+from minisgl.profiling.report.sources import gather
+from minisgl.types import MinisglError
+
+PAGES = ("INDEX.md", "final-report.md", "analysis.md", "environment.md", "kernel-dev-guide.md")
+FINAL = (
+    "Executive summary", "The way of one request", "Where a decode step's time goes", "Communication between ranks",
+    "A served model under load", "Opportunities, by priority", "Rulings on claims", "Expected and measured",
+    "Conclusions",
+)  # fmt: skip
+
+
+def make(kind: str, rows: list[dict[str, Any]], summary: dict[str, Any], device: str = "cuda") -> Record:
+    index = kernel_records()[0]
+    name = index.hardware["name"] if device == "cuda" else "a CPU, 2 cores"
+    return replace(index, kind=kind, rows=rows, summary=summary, hardware={"name": name, "device": device})
+
+
+def ruling(claim: str, verdict: str, gain: float, case: dict[str, int] | None = None) -> dict[str, Any]:
+    row = {"claim": claim, "text": f"{claim} pays", "claimed": [0.05, None], "a": "old", "b": "new", "kernels": []}
+    row |= {"gain": gain, "low": gain - 0.01, "high": gain + 0.01, "detectable": 0.02, "rounds": 15}
+    us = {"median": 10.0, "p10": 9.9, "p90": 10.1}
+    return row | {"case": case, "verdict": verdict} | ({"us_a": us, "us_b": us} if case else {})
+
+
+def full_run(folder: Path) -> Path:
+    """The recorded H100 kernels, and made-up records of the kinds that no GPU run has left yet."""
+    write_h100(folder)
+    spans = [("tokenize", 0.0, 900.0, "server"), ("qkv", 1000.0, 4321.0, "prefill"), ("o", 5400.0, 700.0, "decode")]
+    rows = [
+        {"span": s, "start_us": start, "us": us, "category": c, "layer": None, "window": "ttft"}
+        for s, start, us, c in spans
+    ]
+    operators = {"ttft": {"tokenize": 0.9, "qkv": 4.321}, "itl": {"o": 0.7}}
+    summary = {"ttft_ms": 5.4, "itl_ms": 0.7, "accounted": 0.97, "operators": operators, "prompt_tokens": 77}
+    make("request", rows, summary | {"ttft_sum_ms": 5.4, "itl_sum_ms": 0.7}).write(folder)
+    step = [{"operator": "attention", "kernel": "decode_kernel", "calls": 28, "us": 300.5, "bytes": 10_000_000,
+             "floor_us": 111.0, "fraction": 0.37},
+            {"operator": "lm_head", "kernel": "gemm", "calls": 1, "us": 99.5, "bytes": 300_000_000, "floor_us": 95.0,
+             "fraction": 0.95}]  # fmt: skip
+    make("step", step, {"step_us": 450.0, "gaps_us": 50.0, "batch": 8, "context": 672}).write(folder)
+    comm = [{"op": "all_reduce", "path": path, "bytes": 4**n * 1024, "world": 2, "us": {"median": 10.0 * n + at},
+             "algo_gbps": 1.0, "bus_gbps": 1.0}
+            for at, path in enumerate(("gloo", "other")) for n in range(1, 5)]  # fmt: skip
+    batches = [{"batch": 8, "bytes": 4096, "path": "gloo", "layer_us": 60.0, "token_us": 1680.0, "share": 0.5}]
+    facts = {"batches": batches, "weights_us": 61.0, "layers": 28, "model": "qwen3-0.6b"}
+    make("comm", comm, facts, device="cpu").write(folder)
+    make("load", [{"what": "requests a second", "value": 12.5, "unit": "1/s"}], {}).write(folder)
+    verdicts = [ruling("pdl", "confirmed", 0.2, {"tokens": 1}), ruling("pdl", "confirmed", 0.2)]
+    verdicts += [ruling("hints", "no difference", 0.005), ruling("sort", "refuted", -0.3)]
+    verdicts.append({"claim": "nccl", "text": "nccl pays", "case": None, "verdict": "not measurable here",
+                     "why": "one GPU", "a": "x", "b": "y"})  # fmt: skip
+    make("rulings", verdicts, {}).write(folder)
+    compare({record.kind: record for record in kernel_records()}, load_reference()).write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = full_run(tmp_path_factory.mktemp("run"))
+    write_reports([run], run / "report")
+    return run / "report"
+
+
+def test_numbers_keep_three_digits_and_no_exponent() -> None:
+    values = {
+        0.0: "0",
+        0.000123: "0.000123",
+        0.5: "0.5",
+        1.23456: "1.23",
+        99.44: "99.4",
+        151936.0: "151,936",
+        12.0: "12",
+    }
+    assert {value: number(value) for value in values} == values
+    assert (number(None), percent(0.123), percent(0.0123), size(2**21), size(300)) == (
+        "–",
+        "12%",
+        "1.2%",
+        "2 MiB",
+        "300 B",
+    )
+    assert spread({"median": 2.0, "p10": 1.5, "p90": 3.0}) == "2 (1.5–3)"
+    assert table(("a:", "b"), [("x|y", 1)]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
+
+
+def test_every_page_and_section_is_there(reports: Path) -> None:
+    assert sorted(path.name for path in reports.iterdir()) == sorted([*PAGES, "plots", "report.html"])
+    assert re.findall(r"^## (.*)", (reports / "final-report.md").read_text(), re.M) == list(FINAL)
+    analysis = (reports / "analysis.md").read_text()
+    for kernel in ("index", "store", "attention"):
+        part = analysis.partition(f"\n## {kernel}\n")[2].partition("\n## ")[0]
+        for word in ("Execution model", "Classification", "Which limit binds", "| floor µs |", "roofline-"):
+            assert word in part, (kernel, word)
+
+
+def test_figures_come_from_the_records(reports: Path) -> None:
+    final, analysis = (reports / "final-report.md").read_text(), (reports / "analysis.md").read_text()
+    (index, *_) = kernel_records()
+    row = next(r for r in best_rows(index.rows) if r["case"]["tokens"] == 16384)
+    assert f"| {spread(row['us'])} |" in analysis and f"{percent(row['fraction'])} of HBM" in analysis
+    assert "first token after 5.4 ms" in final and "| qkv | 4.32 | 83% |" in final
+    assert "450 µs a step, 50 of them in gaps" in final and "| attention | decode_kernel | 28 |" in final
+    assert "attention (67%)" in final
+    assert "CPU, gloo between processes" in final
+    assert "| requests a second | 12.5 | 1/s |" in final
+    assert "35 or 70 GB/s by how one counts" in final
+
+
+def test_rulings_show_interval_and_detectable_effect(reports: Path) -> None:
+    final = (reports / "final-report.md").read_text()
+    assert "| pdl pays | **confirmed** | +20.0% (+19.0% to +21.0%) |" in final
+    assert "+0.5% (-0.5% to +1.5%), detectable: 2.0%" in final
+    assert "| nccl pays | **not measurable here** | – | – | one GPU |" in final
+
+
+def test_opportunities_are_ranked_by_what_they_may_give(reports: Path) -> None:
+    text = (reports / "final-report.md").read_text().partition("## Opportunities")[2].partition("\n## ")[0]
+    lines = [line for line in text.splitlines() if re.match(r"\| \d", line)]
+    assert ["attention" in lines[0], "gaps" in lines[1], "new instead of old" in lines[2]] == [True] * 3
+    assert "up to 42% of a step" in lines[0]
+
+
+def test_plots_are_well_formed_and_all_shown(reports: Path) -> None:
+    shown = set()
+    for page in PAGES:
+        shown |= set(re.findall(r"!\[[^\]]+\]\(plots/([^)]+)\)", (reports / page).read_text()))
+    assert shown == {path.name for path in (reports / "plots").iterdir()}
+    wanted = "roofline.svg roofline-index.svg versions-store.svg step.svg request.svg comm-all_reduce.svg rulings.svg"
+    assert set(wanted.split()) <= shown
+    for path in (reports / "plots").iterdir():
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
+def test_same_records_give_the_same_bytes(reports: Path, tmp_path: Path) -> None:
+    write_reports([reports.parent], tmp_path)
+    for path in reports.rglob("*.*"):
+        assert (tmp_path / path.relative_to(reports)).read_bytes() == path.read_bytes(), path.name
+
+
+def test_html_needs_nothing_else(reports: Path) -> None:
+    text = (reports / "report.html").read_text()
+    assert not re.search(r"(?:src|href)=\"(?!#|data:)", text) and "<script" not in text and "@import" not in text
+    anchors = set(re.findall(r'href="#([^"]+)"', text))
+    assert anchors == set(re.findall(r'<section id="([^"]+)"', text))
+    for title in FINAL:
+        assert f"<h2>{title}</h2>" in text
+
+
+def test_missing_data_names_the_command(tmp_path: Path) -> None:
+    kernel_records()[2].write(tmp_path)  # the environment alone
+    write_reports([tmp_path], tmp_path / "report")
+    final, analysis = ((tmp_path / "report" / name).read_text() for name in ("final-report.md", "analysis.md"))
+    for kind in ("request", "step", "comm", "load", "rulings", "compare"):
+        assert f"`minisgl profile {kind}" in final, kind
+    for kind in ("kernels", "index", "store", "attention"):
+        assert f"`minisgl profile {kind}`" in analysis, kind
+    assert re.findall(r"^## (.*)", final, re.M) == list(FINAL)
+
+
+def test_full_gpu_runs_are_preferred(tmp_path: Path) -> None:
+    gpu = kernel_records()[0]
+    cpu = replace(gpu, hardware={"name": "a CPU", "device": "cpu"}, time="2030-01-01T00:00:00+00:00")
+    quick = replace(gpu, quick=True, time="2030-01-01T00:00:00+00:00")
+    for name, record in (("gpu", gpu), ("cpu", cpu), ("quick", quick)):
+        record.write(tmp_path / name)
+    found = gather(sorted(tmp_path.iterdir())).records["index"]
+    assert (found.hardware["device"], found.quick) == ("cuda", False)
+
+
+def test_records_are_kept_by_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = full_run(tmp_path / "run")
+    assert keep(run, tmp_path / "data").name.startswith("nvidia-h100")
+    monkeypatch.chdir(tmp_path)
+    assert not main(["profile", "report", "--out", str(run), "--write-reports"])
+    assert (tmp_path / "reports" / "INDEX.md").exists()
+    assert list((tmp_path / "reports" / "data").glob("nvidia-h100*/index.json"))
+    with pytest.raises(MinisglError, match="no record"):
+        write_reports([tmp_path / "nowhere"], tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    "limits, told",
+    [
+        (["launch"] * 3, "Launch-bound at every size"),
+        (["launch", "HBM", "HBM"], "Bandwidth-bound, near its limit"),
+        (["compute"] * 3, "Compute-bound"),
+    ],
+)
+def test_class_follows_from_the_limits(limits: list[str], told: str) -> None:
+    rows = [{"limit": x, "fraction": 0.9, "bytes": 10**i, "case": {"tokens": i}} for i, x in enumerate(limits, start=3)]
+    assert classify(rows).startswith(told)
+    assert limits[0] in binding(rows)
