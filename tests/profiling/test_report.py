@@ -64,6 +64,15 @@ def full_run(folder: Path) -> Path:
     batches = [{"batch": 8, "bytes": 4096, "path": "gloo", "layer_us": 60.0, "token_us": 1680.0, "share": 0.5}]
     facts = {"batches": batches, "weights_us": 61.0, "layers": 28, "model": "qwen3-0.6b"}
     make("comm", comm, facts, device="cpu").write(folder)
+    seen = {
+        "kernel": "index_v2",
+        "grid": "(64, 1, 1)",
+        "us": 1.9,
+        "dram_percent": 33.5,
+        "dominant_stall": "long_scoreboard",
+    }
+    rules = [{"when": "under 50% of peak", "advice": "check coalescing", "kernels": ["index_v2", "store_v2"]}]
+    make("ncu", [seen], {"rules": rules}).write(folder)
     make("load", [{"what": "requests a second", "value": 12.5, "unit": "1/s"}], {}).write(folder)
     verdicts = [ruling("pdl", "confirmed", 0.2, {"tokens": 1}), ruling("pdl", "confirmed", 0.2)]
     verdicts += [ruling("hints", "no difference", 0.005), ruling("sort", "refuted", -0.3)]
@@ -131,6 +140,14 @@ def test_rulings_show_interval_and_detectable_effect(reports: Path) -> None:
     assert "| pdl pays | **confirmed** | +20.0% (+19.0% to +21.0%) |" in final
     assert "+0.5% (-0.5% to +1.5%), detectable: 2.0%" in final
     assert "| nccl pays | **not measurable here** | – | – | one GPU |" in final
+
+
+def test_profiler_facts_stand_with_their_kernel(reports: Path) -> None:
+    analysis = (reports / "analysis.md").read_text()
+    index, store = (analysis.partition(f"\n## {name}\n")[2].partition("\n## ")[0] for name in ("index", "store"))
+    assert "| index_v2 | 1.9 | 33.5 | long_scoreboard |" in index
+    assert "- under 50% of peak: check coalescing (index_v2)" in index
+    assert "`minisgl profile ncu --kernels store`" in store
 
 
 def test_opportunities_are_ranked_by_what_they_may_give(reports: Path) -> None:

@@ -143,7 +143,7 @@ def _explain(
         return "faster hardware, or a better kernel than the reference's", "compare fractions of each one's ceiling"
     if row.get("fraction", 0) >= NEAR_FLOOR:
         return "this GPU's ceiling is lower than the reference's", "minisgl profile env: compare the ceilings"
-    return "the kernel is far from its floor", f"minisgl profile ncu {row.get('kernel', figure.kind)}"
+    return "the kernel is far from its floor", f"minisgl profile ncu --kernels {row.get('kernel', figure.kind)}"
 
 
 # -- the hardware's own limits ---------------------------------------------------------------------------------------

@@ -13,7 +13,18 @@ import msgspec
 from minisgl.profiling.compare import NEAR_FLOOR, best_rows, case_text, median_us
 from minisgl.profiling.record import Record
 from minisgl.profiling.report import plots
-from minisgl.profiling.report.markdown import missing, number, origin, percent, section, size, skipped, spread, table
+from minisgl.profiling.report.markdown import (
+    missing,
+    number,
+    origin,
+    percent,
+    section,
+    size,
+    skipped,
+    spread,
+    table,
+    words,
+)
 from minisgl.profiling.report.sources import Sources, command
 
 SWEEPS = ("index", "store", "attention")  # kinds whose rows time kernels
@@ -182,15 +193,22 @@ def _ncu(name: str, sources: Sources) -> str:
     record = sources.get("ncu")
     rows = [row for row in _rows(record) if name in str(row.get("kernel", ""))]
     if record is None or not rows:
-        return f"**Inside the kernel.** {missing('SM use, stalls, sectors, registers', f'minisgl profile ncu {name}')}"
-    lines = [(row["kernel"], key, _fact(value)) for row in rows for key, value in row.items() if key != "kernel"]
-    return "**Inside the kernel**, by ncu:\n\n" + table(("kernel:", "metric:", "value:"), lines)
+        return f"**Inside the kernel.** {missing('SM use, stalls, sectors, registers', f'minisgl profile ncu --kernels {name}')}"
+    facts = [
+        name for name in dict.fromkeys(key for row in rows for key in row) if name not in ("kernel", "grid", "block")
+    ]
+    lines = [(row["kernel"], *(_fact(row.get(name)) for name in facts)) for row in rows]
+    advice = [
+        f"- {rule['when']}: {rule['advice']} ({words(held)})"
+        for rule in record.summary.get("rules", [])
+        if (held := [kernel for kernel in rule["kernels"] if name in kernel])
+    ]
+    shown = table(("kernel:", *(name.replace("_", " ") for name in facts)), lines)
+    return "\n\n".join(filter(None, ["**Inside the kernel**, by ncu:", shown, "\n".join(advice)]))
 
 
 def _fact(value: object) -> str:
-    if isinstance(value, Mapping):
-        return "; ".join(f"{key} {_fact(inner)}" for key, inner in value.items())
-    return number(value) if isinstance(value, float) else str(value)
+    return number(value) if isinstance(value, int | float) or value is None else str(value)
 
 
 def _correctness(sources: Sources) -> str:
