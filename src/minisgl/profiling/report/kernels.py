@@ -193,7 +193,8 @@ def _ncu(name: str, sources: Sources) -> str:
     record = sources.get("ncu")
     rows = [row for row in _rows(record) if name in str(row.get("kernel", ""))]
     if record is None or not rows:
-        return f"**Inside the kernel.** {missing('SM use, stalls, sectors, registers', f'minisgl profile ncu --kernels {name}')}"
+        absent = missing("SM use, stalls, sectors, registers", f"minisgl profile ncu --kernels {name}")
+        return f"**Inside the kernel.** {absent}"
     facts = [
         name for name in dict.fromkeys(key for row in rows for key in row) if name not in ("kernel", "grid", "block")
     ]
