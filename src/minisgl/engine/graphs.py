@@ -117,13 +117,10 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _capture(self, step: DecodeStep, memory: Any) -> tuple[Captured, Any]:
         """The step's graphs, in the pool `memory` (None: a new one), which is returned for the next."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are compiled, libraries make their handles
-            logits = step.forward()
-            for way in self.ways:
-                step.sample(logits, way is Way.FILTERED)
-        torch.cuda.current_stream().wait_stream(stream)
+        logits = step.forward()  # kernels are compiled, libraries make their handles
+        for way in self.ways:
+            step.sample(logits, way is Way.FILTERED)
+        del logits
         forward, samplers = torch.cuda.CUDAGraph(), {way: torch.cuda.CUDAGraph() for way in self.ways}
         with torch.cuda.graph(forward, pool=memory):
             logits = step.forward()
