@@ -84,7 +84,10 @@ def _best(call: Callable[[], object], device: str, repeat: int = 5) -> float:
 
 
 def workload_cost(engine: Engine, prompts: Sequence[int], outputs: Sequence[int]) -> Cost:
-    """Bytes and floating-point operations of requests with these numbers of prompt and output tokens."""
+    """Bytes and floating-point operations of requests with these numbers of prompt and output tokens.
+
+    Of several ranks, those of one GPU; ranks on a CPU share its memory and its arithmetic.
+    """
     model, running = engine.model.config, engine.config.max_running or len(prompts)
     num_outputs = sum(outputs)
     steps = max(max(outputs), -(-num_outputs // running))
@@ -96,7 +99,9 @@ def workload_cost(engine: Engine, prompts: Sequence[int], outputs: Sequence[int]
     head = model.vocab_size * model.hidden_size
     flops = 2.0 * (body_parameters(model) * computed + head * num_outputs)
     flops += 4.0 * model.num_heads * model.head_dim * pairs
-    return Cost(weights + reads * kv_bytes(engine) / model.num_layers, flops)
+    num_bytes = weights + reads * kv_bytes(engine) / model.num_layers
+    ranks = engine.tp.size
+    return Cost(num_bytes, flops / ranks) if engine.device.type == "cuda" else Cost(num_bytes * ranks, flops)
 
 
 def _seen(model: ModelConfig, contexts: Sequence[tuple[int, int]]) -> int:
@@ -148,4 +153,4 @@ def step_bytes(engine: Engine, batch: float) -> float:
     num_sparse = config.num_layers - len(moe.dense_layers)
     experts = num_sparse * moe.num_experts * 3 * config.hidden_size * moe.intermediate_size * itemsize
     touched: float = 1 - (1 - moe.num_experts_per_token / moe.num_experts) ** batch
-    return total - experts * (1 - touched)
+    return total - experts / engine.tp.size * (1 - touched)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -84,12 +86,20 @@ def _rank(
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         group = _connect(rank, size, device, Path(folder), limit_s)
         sender.send((True, body(group, *args)))
         group.close()
     except BaseException:
         sender.send((False, traceback.format_exc()))
+
+
+def _end_with_parent(parent: int) -> None:
+    """The process that ranks are forked from ends with the one that asked for them."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _connect(rank: int, size: int, device: str, folder: Path, limit_s: float) -> TPGroup:
