@@ -114,7 +114,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels.py measures CUDA kernels: torch sees no NVIDIA GPU")
     dtype = getattr(torch, args.dtype)
-    names = args.kernels.split(",") if args.kernels else [s.name for s in registry().values() if s.on_gpu]
+    names = args.kernels.split(",") if args.kernels else [s.name for s in registry().values() if s.on_gpu and s.bench]
     if args.first_run:
         print(first_run(names, dtype))
         return

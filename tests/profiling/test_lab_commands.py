@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -73,6 +74,19 @@ def test_kernels_fails_where_a_kernel_is_wrong(
         main(["profile", "kernels", "--quick", "--out", str(tmp_path)])
     assert "radix off by one int32" in capsys.readouterr().err
     assert [row["ok"] for row in read(tmp_path / "kernels.json").rows] == [False, False]
+
+
+def test_kernels_checks_those_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = profile("kernels", tmp_path, "--kernels", "radix")
+    assert {row["kernel"] for row in record.rows} == {"radix"}
+    assert main(["profile", "kernels", "--out", str(tmp_path), "--kernels", "radix,nothing"]) == 1
+    assert "--kernels names nothing; there are:" in capsys.readouterr().err
+
+
+def test_gpu_script_checks_kernels_that_exist() -> None:
+    names = re.findall(r"^ours=(.*)$", (ROOT / "benchmarks" / "gpu_kernels.sh").read_text(), re.M)[0].split(",")
+    on_gpu = {spec.name for spec in catalogue.catalogue().values() if spec.on_gpu}
+    assert set(names) == on_gpu
 
 
 def test_index_has_torch_and_what_runs_here(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -135,10 +136,14 @@ def backends(device: str, record: Record) -> list[AttentionBackend]:
 
 
 def measure(work: Workload, backend: AttentionBackend, ceilings: Ceilings, samples: int) -> dict[str, Any]:
-    """One row: microseconds a layer, beside the floor of the workload."""
+    """One row: microseconds a layer, beside the floor of the workload.
+
+    On a GPU from a CUDA graph, or between events, host time included, for a backend that can't be captured.
+    """
     calls = layer_calls(work, work.batch(backend))
     if work.device == "cuda" and not backend.capturable:
-        us = spread([seconds * 1e6 for seconds in time_call(calls[0], "cuda", samples)])
+        turn = cycle(calls)
+        us = spread([seconds * 1e6 for seconds in time_call(lambda: next(turn)(), "cuda", samples)])
     else:
         us = spread(calls_us(calls, work.device, samples))
     rate = "bf16_tflops" if work.device == "cuda" else "cpu_tflops"

@@ -25,6 +25,7 @@ def environment() -> dict[str, Any]:
         "num_cores": hardware.num_cores,
         "memory_gb": round(hardware.memory_bytes / 1e9, 1),
         "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
         "cpu_kernels": cpu.native.cpu_available_kernels() if cpu.available() else None,
         "torch_cuda": torch.version.cuda,
         "nvrtc": _nvrtc(),

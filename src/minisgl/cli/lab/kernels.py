@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from minisgl.cli.lab import page
-from minisgl.types import KernelError
+from minisgl.types import ConfigError, KernelError
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ INTERPRET = "TRITON_INTERPRET"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     page.add_common(parser)
+    parser.add_argument("--kernels", metavar="NAMES", help="check these alone (names with commas between)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
     parser.add_argument(
         "--interpret", action="store_true", help="without a GPU, run Triton's kernels under its interpreter (slow)"
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints a row a kernel, version and dtype; writes kernels.json.
 
     Raises:
+        ConfigError: a kernel that there isn't.
         SystemExit: code 1, if a kernel is wrong.
     """
     if args.interpret:
@@ -42,7 +44,11 @@ def run(args: argparse.Namespace) -> None:
     from minisgl.profiling.record import new_record
 
     record = new_record("kernels", args.quick)
-    jobs = [(spec, version) for spec in catalogue().values() for version in spec.versions]
+    known = catalogue()
+    names = args.kernels.split(",") if args.kernels else list(known)
+    if unknown := set(names) - set(known):
+        raise ConfigError(f"--kernels names {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
+    jobs = [(known[name], version) for name in names for version in known[name].versions]
     rows: list[dict[str, Any]] = []
     with page.progress("kernels", len(jobs)) as advance:
         for spec, version in jobs:
