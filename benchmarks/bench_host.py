@@ -26,7 +26,7 @@ from common import append_line, environment, spread
 
 from minisgl.config import EngineConfig
 from minisgl.engine.engine import Engine
-from minisgl.engine.graphs import Captured, DecodeGraphs, DecodeStep, ladder
+from minisgl.engine.graphs import Captured, DecodeGraphs, DecodeStep, batch_sizes
 from minisgl.models.hub import resolve_model
 from minisgl.text import OutputProcessor, load_text
 from minisgl.types import SamplingParams
@@ -66,7 +66,7 @@ def make_engine(batch: int) -> Engine:
             )
         )  # fmt: skip
     runner = engine.runner
-    runner.graphs = EmptyGraphs(runner.model, runner.pool, runner.attention, runner.rows, ladder(batch), False)
+    runner.graphs = EmptyGraphs(runner.model, runner.pool, runner.attention, runner.rows, batch_sizes(batch), False)
     return engine
 
 

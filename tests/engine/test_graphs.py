@@ -15,7 +15,7 @@ from tiny import greedy, make_checkpoint
 from torch import Tensor
 
 from minisgl.attention import AttentionBackend, ForwardBatch
-from minisgl.engine.graphs import DecodeGraphs, DecodeStep, ladder
+from minisgl.engine.graphs import DecodeGraphs, DecodeStep, batch_sizes
 from minisgl.engine.sampler import Way
 
 PROMPTS = [[(7 * i + 3 * k) % 60 + 2 for i in range(5 + 11 * k)] for k in range(5)]
@@ -76,7 +76,9 @@ def _driver(
     runner = driver.engine.runner
     runner.attention = DeviceOnly()
     with torch.inference_mode():
-        runner.graphs = Uncaptured(runner.model, runner.pool, runner.attention, runner.rows, ladder(max_batch), False)
+        runner.graphs = Uncaptured(
+            runner.model, runner.pool, runner.attention, runner.rows, batch_sizes(max_batch), False
+        )
     replayed: list[int] = []
     replay = runner.graphs.replay
 
@@ -178,7 +180,7 @@ def test_decode_step_survives_preemption(oracle: tuple[Path, list[list[int]]]) -
 
 def test_ladder_wastes_little_and_ends_at_the_largest() -> None:
     for largest in (1, 5, 64, 100, 256):
-        sizes = ladder(largest)
+        sizes = batch_sizes(largest)
         assert sizes[-1] == largest and sizes == sorted(set(sizes))
         for batch in range(17, largest + 1):
             assert next(s for s in sizes if s >= batch) < 1.5 * batch

@@ -16,7 +16,7 @@ from minisgl.cache.prefix import make_prefix_cache
 from minisgl.config import EngineConfig, resolve
 from minisgl.distributed import TPGroup
 from minisgl.engine.budget import explained, measure
-from minisgl.engine.graphs import ladder
+from minisgl.engine.graphs import batch_sizes
 from minisgl.engine.memory import choose_num_pages
 from minisgl.engine.runner import ModelRunner, StepHandle, StepResult
 from minisgl.engine.scheduler import Scheduler
@@ -109,7 +109,7 @@ class Engine:
         assert config.max_running is not None
         if config.device != "cuda" or not (config.cuda_graph and attention.capturable and self.model.capturable):
             return []
-        return ladder(min(config.max_running, config.cuda_graph_max_batch or config.max_running))
+        return batch_sizes(min(config.max_running, config.cuda_graph_max_batch or config.max_running))
 
     def _make_pool(self, config: EngineConfig, num_pages: int) -> KVPool:
         c, heads = self.model.config, self.model.num_kv_heads_per_rank

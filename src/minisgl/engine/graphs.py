@@ -26,7 +26,7 @@ from minisgl.models import CausalLM
 from minisgl.types import Request
 
 
-def ladder(max_batch: int) -> list[int]:
+def batch_sizes(max_batch: int) -> list[int]:
     """Batch sizes with a graph: every one up to 4, then steps of at most an eighth or so."""
     sizes = [1, 2, 3, 4, 6, 8, 12, 16, *range(24, 129, 8), *range(144, 257, 16), *range(288, 1025, 32)]
     return sorted({s for s in sizes if s < max_batch} | {max_batch})
@@ -90,7 +90,7 @@ class Captured:
 
 
 class DecodeGraphs:
-    """Captured decode steps for batches of `sizes` (ascending, see `ladder`): for short contexts, and for any."""
+    """Captured decode steps for batches of `sizes` (ascending, see `batch_sizes`): for short contexts, and for any."""
 
     def __init__(
         self,
