@@ -9,9 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
+from minisgl.distributed.allreduce import AllReduce
+from minisgl.distributed.paths import Machine, PathTable
 from minisgl.kernels.spec import registry
 from minisgl.profiling import rulings
+from minisgl.profiling.collective_arms import FIXED_BYTES, path_called
 from minisgl.profiling.expected import Claim, load_claims
 from minisgl.profiling.experiments import EXPERIMENTS, NotMeasurable
 from minisgl.profiling.rulings import describe, judge, measured, rule, rule_on
@@ -97,6 +101,26 @@ def test_claims_name_what_there_is() -> None:
             assert call.version is None or spec.version(call.version), claim.id
             sizes = {**spec.bench[0], **claim.cases[0], **call.case}
             assert spec.cost({**sizes, "order": 0}, next(iter(spec.tolerance)))[0] > 0, claim.id
+
+
+def test_collective_arms_take_their_paths() -> None:
+    def nothing(x: torch.Tensor) -> None:
+        pass
+
+    reduce = AllReduce(nothing)
+    assert path_called(reduce, "direct", 1024) == path_called(reduce, "measured", 1024) == "direct"
+    assert path_called(reduce, "registered", 1024) is None
+    reduce.add("registered", nothing, torch.zeros(4 * FIXED_BYTES, dtype=torch.uint8))
+    times = {"direct": {1024: 9.0, 1 << 26: 90.0}, "registered_copy": {1024: 5.0, 1 << 26: 95.0}}
+    reduce.table = PathTable(Machine((), "", "", ""), times)
+    assert path_called(reduce, "registered", 1024) == "registered"
+    assert path_called(reduce, "registered", 1 << 30) is None
+    assert [path_called(reduce, "fixed", n) for n in (1024, FIXED_BYTES, 2 * FIXED_BYTES)] == [
+        "registered_copy",
+        "registered_copy",
+        "direct",
+    ]
+    assert [path_called(reduce, "measured", n) for n in (1024, 1 << 26)] == ["registered_copy", "direct"]
 
 
 def test_arms_of_the_comparison_agree() -> None:

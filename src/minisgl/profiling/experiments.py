@@ -26,6 +26,7 @@ Sampler = Callable[[], float]
 Case = Mapping[str, Any]
 Experiment = Callable[[Claim, Case], AbstractContextManager[tuple[Sampler, Sampler]]]
 DTYPE = torch.bfloat16
+_COLLECTIVE_ROUNDS = 20  # as many as any ruling asks for, and more
 _COMPARED_NS = 200_000  # of work in a sample of a comparison, which must outlast the clock's resolution
 
 
@@ -103,10 +104,20 @@ def compare(claim: Claim, case: Case) -> Iterator[tuple[Sampler, Sampler]]:
 
 @contextmanager
 def collective(claim: Claim, case: Case) -> Iterator[tuple[Sampler, Sampler]]:
-    """Paths of an all-reduce between GPUs."""
+    """Paths of an all-reduce between GPUs: ranks of their own take the samples, in turns, before this yields."""
+    from minisgl.profiling.collective_arms import times
+    from minisgl.profiling.comm import default_world
+    from minisgl.profiling.ranks import run_ranks
+
     found = torch.cuda.device_count()
-    raise NotMeasurable(f"it takes two NVIDIA GPUs; this machine has {found}")
-    yield
+    if found < 2:
+        raise NotMeasurable(f"it takes two NVIDIA GPUs; this machine has {found}")
+    arms, world = (claim.a.path, claim.b.path), default_world()
+    measured = run_ranks(world, "cuda", times, arms, case["bytes"], _COLLECTIVE_ROUNDS)[0]
+    if measured is None:
+        raise NotMeasurable(f"these GPUs have no path {arms[0]} or {arms[1]} for {case['bytes']} bytes")
+    a, b = (iter(samples) for samples in measured)
+    yield lambda: float(next(a)), lambda: float(next(b))
 
 
 # -- the engine ------------------------------------------------------------------------------------------------------
