@@ -117,7 +117,7 @@ def bytes_across(group: TPGroup) -> None:
     assert gather_bytes(comm, b"r" * group.rank) == [b"r" * rank for rank in range(group.size)]
 
 
-def agreement(group: TPGroup, cache: str, start: int) -> tuple[str, int]:
+def agreement(group: TPGroup, cache: str, start: int) -> tuple[bytes, int]:
     """What start number `start` of ranks with a cache agrees on, and how often this rank measured.
 
     Ranks that measure find times that depend on rank and start, so a rank that goes its own way is seen.

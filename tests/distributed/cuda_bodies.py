@@ -210,7 +210,7 @@ def same_bits(group: TPGroup) -> dict[str, list[int]]:
     return found
 
 
-def table_is_agreed(group: TPGroup) -> tuple[str, list[str], dict[str, float]]:
+def table_is_agreed(group: TPGroup) -> tuple[bytes, list[str], dict[str, float]]:
     """The table, the paths that sizes take by it, and the seconds of the start's parts."""
     backend: Any = group.backend
     reduce = reduce_of(group)

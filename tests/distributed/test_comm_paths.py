@@ -92,11 +92,14 @@ def test_choice_is_the_least_estimate_and_survives_the_disk(times: PathTable, nu
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", '{"machine": {}, "us": {}}', '{"machine": 1, "us": 2}']
-    + [PathTable(MACHINE, {"direct": {KIB: 1.5}}).to_json().replace("1.5", bad) for bad in ("0", "-1", "NaN", '"x"')],
+    + [
+        PathTable(MACHINE, {"direct": {KIB: 1.5}}).to_json().decode().replace("1.5", bad)
+        for bad in ("0", "-1", "NaN", '"x"')
+    ],
 )
 def test_what_is_no_table_is_a_typed_error(text: str) -> None:
     with pytest.raises(CommunicationError, match="no table of communication times"):
-        PathTable.from_json(text)
+        PathTable.from_json(text.encode())
 
 
 def test_tables_are_kept_by_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import msgspec
 
 from minisgl.gguf_file import cache_dir, write_atomically
 from minisgl.types import CommunicationError
@@ -30,8 +30,7 @@ NEEDS = {p: p.removesuffix("_copy") for p in ("registered", "registered_copy", "
 NEEDS["one_shot"] = "two_shot"
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
+class Machine(msgspec.Struct, frozen=True):
     """What the times depend on. `gpus` has the name and, after a `;`, the UUID of each rank's GPU."""
 
     gpus: tuple[str, ...]
@@ -44,15 +43,14 @@ class Machine:
         return tuple(gpu.partition(";")[0] for gpu in self.gpus)
 
 
-@dataclass(frozen=True)
-class PathTable:
+class PathTable(msgspec.Struct, frozen=True):
     """Microseconds of an all-reduce by path and by bytes, as measured on `machine`.
 
     `us[path]` ends at the largest tensor that the path can take.
     """
 
     machine: Machine
-    us: Mapping[str, Mapping[int, float]]
+    us: Mapping[str, Mapping[int, Annotated[float, msgspec.Meta(gt=0)]]]
 
     def estimate(self, path: str, num_bytes: int) -> float:
         """Microseconds for `num_bytes`, between two measured sizes along the line that joins them in log-log scale.
@@ -83,34 +81,21 @@ class PathTable:
             if path != after:
                 yield size, path
 
-    def to_json(self) -> str:
-        us = {path: {str(size): time for size, time in times.items()} for path, times in self.us.items()}
-        return json.dumps({"machine": asdict(self.machine), "us": us}, indent=1)
+    def to_json(self) -> bytes:
+        return msgspec.json.encode(self)
 
     @classmethod
-    def from_json(cls, text: str) -> PathTable:
-        """Raises CommunicationError where `text` is no table."""
+    def from_json(cls, data: bytes) -> PathTable:
+        """Raises CommunicationError where `data` is no table."""
         try:
-            found: dict[str, Any] = json.loads(text)
-            machine = Machine(**found["machine"] | {"gpus": tuple(found["machine"]["gpus"])})
-            us = {
-                str(path): {int(size): _positive(time) for size, time in times.items()}
-                for path, times in found["us"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise CommunicationError(f"no table of communication times ({e!r}); delete it to measure again") from e
-        return cls(machine, us)
-
-
-def _positive(time: object) -> float:
-    if not isinstance(time, (int, float)) or not 0 < time < math.inf:
-        raise ValueError(f"{time!r} is no time")
-    return float(time)
+            return msgspec.json.decode(data, type=cls)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+            raise CommunicationError(f"no table of communication times ({e}); delete it to measure again") from e
 
 
 def table_file(machine: Machine) -> Path:
     """Where the table for `machine` and as many ranks as it has GPUs is kept."""
-    key = hashlib.sha256(json.dumps(asdict(machine)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(msgspec.json.encode(machine)).hexdigest()[:16]
     return cache_dir() / "comm" / f"{len(machine.gpus)}-{key}.json"
 
 
@@ -128,11 +113,11 @@ def cached_tables() -> list[PathTable]:
 
 def _read(path: Path) -> PathTable | None:
     try:
-        return PathTable.from_json(path.read_text(encoding="utf-8"))
+        return PathTable.from_json(path.read_bytes())
     except (OSError, CommunicationError):
         return None
 
 
 def keep_table(table: PathTable) -> None:
     """Keeps `table` for the next start; a folder that can't be written is no error."""
-    write_atomically(table_file(table.machine), table.to_json().encode())
+    write_atomically(table_file(table.machine), table.to_json())

@@ -20,13 +20,13 @@ Times = Mapping[str, Mapping[int, float]]  # path → bytes → microseconds
 def agreed_table(host: TorchCommunicator, rank: int, machine: Machine, measure: Callable[[], Times]) -> PathTable:
     """Rank 0's table on every rank: what it kept of an earlier start, else what all measure now."""
     known = load_table(machine) if rank == 0 else None
-    text = broadcast_bytes(host, known.to_json().encode() if known else b"")
+    text = broadcast_bytes(host, known.to_json() if known else b"")
     if not text:
         table = PathTable(machine, measure())
         if rank == 0:
             keep_table(table)
-        text = broadcast_bytes(host, table.to_json().encode())
-    return PathTable.from_json(text.decode())
+        text = broadcast_bytes(host, table.to_json())
+    return PathTable.from_json(text)
 
 
 def measure(reduce: AllReduce, device: torch.device) -> Times:

@@ -7,6 +7,7 @@ several GPUs are tested by `tests/distributed/` and timed by `minisgl profile co
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +56,9 @@ def _rank(inputs: Tensor, out: Tensor, folder: Path, rank: int) -> None:
 def _alone(device: int) -> Any:
     """The communicator (`NcclCommunicator`) of a group of one GPU, which is kept: starting it takes half a second."""
     with tempfile.TemporaryDirectory(prefix="minisgl-") as folder:
-        return communicator(0, 1, torch.device("cuda", device), Path(folder), LIMIT_S)
+        comm = communicator(0, 1, torch.device("cuda", device), Path(folder), LIMIT_S)
+    atexit.register(comm.close)
+    return comm
 
 
 def _reference(inputs: Tensor, out: Tensor) -> None:
