@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import openai
+import httpx
 import pytest
-from rank_world import PAGES, assert_gone, children, greedy
-from servers import Server, alive, running
+from rank_world import LIMIT_S, PAGES, assert_gone, children, greedy
+from servers import Server, alive, running, wait_until
 
 from minisgl import LLM
 
@@ -51,17 +52,17 @@ def test_server_with_two_ranks_answers_and_ends_without_a_trace(server: Server, 
 def test_server_whose_rank_was_killed_says_so_and_ends(server: Server, tmp_path: Path, busy: bool) -> None:
     engine = server.engine_pid()
     [rank] = children(engine)
-    with server.client() as client:
+    with ThreadPoolExecutor() as pool:
         if busy:
-            stream = client.completions.create(
-                model="tiny", prompt=TEXT, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
-            )
-            next(stream)
+            os.kill(rank, signal.SIGSTOP)  # so that rank 0 waits for it in a collective
+            body = {"prompt": TEXT, "max_tokens": 5}
+            future = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=LIMIT_S)
+            wait_until(lambda: server.health().json().get("open_requests") == 1)
         os.kill(rank, signal.SIGKILL)
         if busy:
-            with pytest.raises(openai.APIError, match=r"rank 1 was killed \(signal 9\)"):
-                for _ in stream:
-                    pass
+            response = future.result()
+            assert response.status_code == 503
+            assert "rank 1 was killed (signal 9)" in response.json()["error"]["message"]
     assert server.exit_code() == 1
     assert "minisgl: error: rank 1 was killed (signal 9)" in server.output
     assert "Traceback" not in server.output
