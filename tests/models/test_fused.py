@@ -18,6 +18,7 @@ import torch
 from loop import Loop
 from tiny import FAMILIES
 
+from minisgl.cache.pool import FP8, KVPool
 from minisgl.distributed import TPGroup
 from minisgl.kernels.spec import registry
 from minisgl.models import CausalLM, load_model
@@ -99,6 +100,20 @@ def test_fused_layers_in_half_precision_stay_close(checkpoint: Checkpoint, calls
     assert float((fused - exact).norm() / exact.norm()) < 0.08
 
 
+def test_fused_layers_fill_an_fp8_cache(checkpoint: Checkpoint, calls: dict[str, int]) -> None:
+    folder, oracle = checkpoint("qwen3")
+    ids = _prompt(oracle.config.vocab_size, 40)
+    logits = []
+    for fused in (False, True):
+        loop = Loop(_load(folder, fused=fused))
+        shape = loop.model.config
+        loop.pool = KVPool(shape.num_layers, loop.model.num_kv_heads_per_rank, shape.head_dim, 4, 512, FP8, CPU)
+        loop.pool.set_scales(torch.full((2, 1), 0.5), torch.full((2, 1), 0.25))
+        logits.append(loop.logits(ids, 7))
+    plain, fused_logits = logits
+    assert calls["qkv_post"] and float((plain - fused_logits).norm() / plain.norm()) < 0.02
+
+
 @dataclass(frozen=True)
 class Alone(TPGroup):
     """A rank whose sum with the others is left to the test."""
@@ -135,5 +150,5 @@ def test_fused_kernels_compile_for_every_family(checkpoint: Checkpoint, family: 
     config = read_config(checkpoint(family)[0])
     shape = {"heads": config.num_heads, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim, "norm": 1}
     log = io.StringIO()
-    code = nvrtc.compile_cubin(op._build(torch.float32, shape, 1), "sm_90", log)
+    code = nvrtc.compile_cubin(op.build_for(torch.float32, shape, 1), "sm_90", log)
     assert code.startswith(b"\x7fELF") and "0 bytes spill stores" in log.getvalue()

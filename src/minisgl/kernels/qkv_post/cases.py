@@ -14,6 +14,8 @@ from minisgl.kernels.spec import KernelSpec, Shape, register
 from minisgl.kernels.store.cases import random_slots
 from minisgl.kernels.tuning import Config
 
+FP8_MAX = 448.0  # of e4m3
+
 
 def _parts(qkv: Tensor, k_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kv = k_cache.shape[1]
@@ -32,14 +34,20 @@ def _reference(
     v_cache: Tensor,
     slots: Tensor,
     q_out: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     q, k, v = _parts(qkv, k_cache)
     if q_weight is not None and k_weight is not None:
         q, k = norm(q, q_weight, eps), norm(k, k_weight, eps)
     q, k = rotate(q, cos_sin, positions), rotate(k, cos_sin, positions)
     valid = (slots >= 0) & (slots < k_cache.shape[0])
-    k_cache[slots[valid].long()] = k[valid]
-    v_cache[slots[valid].long()] = v[valid]
+    for cache, x, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
+        x = x[valid]
+        if scale is not None:  # as bytes: torch assigns no float8
+            x = (x / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(cache.dtype).view(torch.uint8)
+            cache = cache.view(torch.uint8)
+        cache[slots[valid].long()] = x
     (_parts(qkv, k_cache)[0] if q_out is None else q_out).copy_(q)
 
 
