@@ -89,7 +89,7 @@ class NcclCommunicator:
 
     def _machine(self) -> Machine:
         names = gather_bytes(self.host, identity(self.device).encode())
-        return Machine(tuple(n.decode() for n in names), driver_version(), nccl_version(), torch.__version__)
+        return Machine(tuple(n.decode() for n in names), driver_version(), nccl_version(), str(torch.__version__))
 
     def all_reduce(self, x: Tensor) -> None:
         if x.is_cuda:
