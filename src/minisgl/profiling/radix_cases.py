@@ -1,4 +1,4 @@
-"""The prefix cache as a kernel of the registry: insert, match and evict of the C++ tree and of the Python one.
+"""The prefix cache in the registry: insert, match and evict of the C++ tree and of the Python one; its inner loop.
 
 It lies here, not in `kernels/`, since the tree belongs to `cache/`, which kernels know nothing of.
 """
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minisgl.cache.base import Int32Array
 from minisgl.cache.prefix import Implementation, make_prefix_cache
 from minisgl.kernels.nvrtc import Capability
 from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, register
@@ -95,9 +96,11 @@ def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def _supports(name: str, where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
-    if name == "c++" and importlib.util.find_spec("minisgl._C") is None:
-        return "the C++ extension isn't installed"
-    return None
+    return "the C++ extension isn't installed" if name == "c++" and not _has_extension() else None
+
+
+def _has_extension() -> bool:
+    return importlib.util.find_spec("minisgl._C") is not None
 
 
 def _prepare(name: str, device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
@@ -119,5 +122,71 @@ SPEC = register(
         tolerance={torch.int32: 0.0},
         cases=({"tokens": 1, "pages": 1}, {"tokens": 40, "pages": 6}, {"tokens": 200, "pages": 3}),
         bench=({"tokens": 256, "pages": 24},),
+    )
+)
+
+
+# -- the comparison of token ids inside the tree -----------------------------------------------------------------------
+
+
+def prefix_compare(
+    a: Tensor, b: Tensor, out: Tensor, *, version: str | None = None, config: Config | None = None
+) -> None:
+    """out[i] = how many leading ids `a[i]` and `b[i]` share. a, b: [Q, n] int32; out: [Q] int64.
+
+    `c++` is the tree's own loop, a call from Python each; `python` is NumPy's way.
+    """
+    if version == "python" or not _has_extension():
+        out.copy_(torch.from_numpy(np.array([_agree(x, y) for x, y in zip(a.numpy(), b.numpy(), strict=True)])))
+        return
+    from minisgl._C import common_prefix
+
+    for i, (x, y) in enumerate(zip(a.numpy(), b.numpy(), strict=True)):
+        out[i] = common_prefix(x, y)
+
+
+def _agree(x: Int32Array, y: Int32Array) -> int:
+    different = np.flatnonzero(x != y)
+    return int(different[0]) if len(different) else len(x)
+
+
+def _compare_reference(a: Tensor, b: Tensor, out: Tensor) -> None:
+    out.copy_((a == b).long().cumprod(-1).sum(-1))
+
+
+def _compare_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator, copies: int
+) -> list[tuple[Any, ...]]:
+    """Pairs that agree up to a place of their own: at the start, within a block, at the end, nowhere."""
+    count, length = shape["tokens"], shape["ids"]
+    found = []
+    for _ in range(copies):
+        a = torch.randint(0, 150_000, (count, length), generator=generator, dtype=torch.int32)
+        b, place = a.clone(), torch.randint(0, length + 1, (count,), generator=generator)
+        for i, at in enumerate(place.tolist()):
+            b[i, at:] += 1
+        found.append((a, b, torch.empty(count, dtype=torch.int64)))
+    return found
+
+
+def _prepare_compare(name: str, device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
+    return partial(prefix_compare, version=name)
+
+
+COMPARE = register(
+    KernelSpec(
+        name="prefix_compare",
+        run=prefix_compare,
+        reference=_compare_reference,
+        library=_compare_reference,
+        versions=tuple(Version(n, "cpu", partial(_supports, n), partial(_prepare_compare, n)) for n in IMPLEMENTATIONS),
+        sizes=("tokens", "ids"),
+        inputs=_compare_inputs,
+        outputs=(2,),
+        updated=(),
+        cost=lambda shape, dtype: (2 * shape["tokens"] * shape["ids"] * 4, 0),
+        tolerance={torch.int32: 0.0},
+        cases=({"tokens": 50, "ids": 1}, {"tokens": 200, "ids": 64}, {"tokens": 200, "ids": 1000}),
+        bench=({"tokens": 64, "ids": 1024},),
     )
 )
