@@ -2,25 +2,25 @@
 # All of the laboratory on this machine: environment, kernels, sweeps, communication, a served model under load, the
 # timelines of a request and of a decode step, rulings, the comparison, and the reports from all of it.
 #
-#   scripts/06_full_pipeline.sh [--quick] [--out DIR] [--write-reports] [--model MODEL]
+#   scripts/06_full_pipeline.sh [--quick] [--out DIR] [--write-reports] [-- ENGINE OPTION …]
 #
 # --quick           few sizes and samples: to see that everything works, in under two minutes on two cores
 # --out DIR         for the JSON, the logs and the reports (default: out/profile)
 # --write-reports   also keep the JSON in reports/data and render reports/, which is what the repository commits
-# --model MODEL     to serve (default: the default model, with its weights)
+# -- …              options of the engine for what is served, as in -- --model FOLDER (default: the default model)
 #
 # $PYTHON is the interpreter (default: .venv/bin/python, else python3). A step that fails doesn't stop the others; its
 # name and log are told at the end, and the exit code is 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out=out/profile quick=() model=() keep=false
+out=out/profile quick=() engine=() keep=false
 while [ $# -gt 0 ]; do
     case $1 in
         --quick) quick=(--quick) ;;
         --write-reports) keep=true ;;
         --out) out=${2:?--out needs a folder}; shift ;;
-        --model) model=(--model "${2:?--model needs a name}"); shift ;;
+        --) engine=("${@:2}"); break ;;
         *) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
     shift
@@ -28,6 +28,10 @@ done
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 mkdir -p "$out/logs"
 rm -f "$out"/*.json
+
+# On a GPU the step of a shape that is worth one; random weights take as long as others.
+step_of=
+if command -v nvidia-smi >/dev/null && [ ${#engine[@]} -eq 0 ]; then step_of='--shape qwen3-0.6b'; fi
 
 # name, then the command: every step writes its JSON to $out and its words to a log
 steps=(
@@ -40,7 +44,7 @@ steps=(
     'rulings    -m minisgl profile rulings'
     'load       -m minisgl profile load'
     'request    -m minisgl profile request'
-    'step       -m minisgl profile step'
+    "step       -m minisgl profile step $step_of"
 )
 command -v ncu >/dev/null && steps+=('ncu        -m minisgl profile ncu')
 total=$((${#steps[@]} + 2)) done_steps=0 failed=() left_out=
@@ -70,7 +74,7 @@ for step in "${steps[@]}"; do
     read -r name command <<<"$step"
     # shellcheck disable=SC2086 # a command is several words
     case $name in
-        load | request | step) run "$name" $command --out "$out" "${quick[@]}" "${model[@]}" ;;
+        load | request | step) run "$name" $command --out "$out" "${quick[@]}" "${engine[@]}" ;;
         *) run "$name" $command --out "$out" "${quick[@]}" ;;
     esac
 done
