@@ -18,12 +18,13 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from common import append_line, environment, memory_bandwidth, spread
+from common import HERE, append_line, environment, memory_bandwidth, spread
 
 from minisgl.config import EngineConfig
 from minisgl.engine.engine import Engine
 from minisgl.profiling.floor import kv_bytes, step_bytes
 from minisgl.profiling.shapes import SHAPES, shape_folder
+from minisgl.profiling.skinny import Choices, install
 from minisgl.types import SamplingParams
 
 WARM_UP_STEPS = 4
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128, help="tokens before each decoded one (default: 128)")
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed (default: 32)")
     parser.add_argument("--prefill", type=int, nargs="+", default=[512], help="prompt lengths (default: 512)")
+    parser.add_argument("--skinny-gemm", action="store_true", help="the laboratory's matrix products for small batches")
     parser.add_argument("--no-save", action="store_true", help="print only; append nothing to results/engine.jsonl")
     args = parser.parse_args()
     random.seed(0)
@@ -127,13 +129,19 @@ def run(args: argparse.Namespace, model: str) -> None:
         dtype=args.dtype,
         dummy_weights=args.dummy_weights or args.shape is not None,
         overlap=not args.no_overlap,
-        cuda_graph=not args.no_cuda_graph,
+        cuda_graph=not (args.no_cuda_graph or args.skinny_gemm),
         attention=args.attention,
         kv_cache_dtype=args.kv_cache_dtype,
         max_running=max(args.batches),
         max_batched_tokens=max(2048, *args.batches),
     )
     engine = Engine(config)
+    if args.skinny_gemm:
+        measured = HERE / "results" / "gemm.jsonl"
+        changed = install(engine.model, Choices.read(measured) if measured.is_file() else None)
+        print(f"skinny_gemm in {changed} layers")
+        if not args.no_cuda_graph and engine.runner.attention.capturable and engine.device.type == "cuda":
+            engine.runner.capture(max(args.batches))
     device = engine.config.device
     bandwidth = memory_bandwidth(device)
     per_token = kv_bytes(engine)

@@ -68,18 +68,22 @@ def residual_of(x: Tensor) -> Tensor:
     return _residuals.setdefault(x.shape, torch.zeros(x.shape, dtype=x.dtype, device=x.device))
 
 
-def variants(add: bool, shape: Shape, inputs: list[tuple[Any, ...]]) -> Iterator[tuple[str, Calls]]:
-    """Names, and a call for each set of arguments."""
-    yield "cublas", [lambda a=a: F.linear(a[0], a[1]) for a in inputs]
-    yield "engine", [lambda a=a: engine_call(*a) for a in inputs]
+def variants(add: bool, shape: Shape, inputs: list[tuple[Any, ...]]) -> Iterator[tuple[str, list[int] | None, Calls]]:
+    """Names, configurations of ours, and a call for each set of arguments."""
+    yield "cublas", None, [lambda a=a: F.linear(a[0], a[1]) for a in inputs]
+    yield "engine", None, [lambda a=a: engine_call(*a) for a in inputs]
     seen = set()
     for config in (ADD_SPEC if add else SPEC).configs:
         if (tiles := tiling(shape, config)) not in seen:
             seen.add(tiles)
             name = "v2 {} warps, {} tiles, depth {}".format(*tiles)
-            yield name, [lambda a=a, c=config: skinny_gemm(*a, version="v2", config=c) for a in inputs]
+            yield (
+                name,
+                [config.threads, config.work],
+                [lambda a=a, c=config: skinny_gemm(*a, version="v2", config=c) for a in inputs],
+            )
     for columns in (16, 32):
-        yield f"v1 {columns} columns", [lambda a=a, c=columns: triton_v1.run(*a, columns=c) for a in inputs]
+        yield f"v1 {columns} columns", None, [lambda a=a, c=columns: triton_v1.run(*a, columns=c) for a in inputs]
 
 
 def measure(name: str, calls: Calls, num_bytes: int, bandwidth: float) -> dict[str, Any] | None:
@@ -99,8 +103,11 @@ def bench_product(add: bool, shape: Shape, bandwidth: float) -> list[dict[str, A
     copies = max(-(-3 * cuda.l2_bytes // num_bytes), 2)
     inputs = spec.inputs(shape, DTYPE, torch.device("cuda"), torch.Generator("cuda").manual_seed(0), copies)
     inputs = [(inputs[0][0], a[1], inputs[0][2], *a[3:]) for a in inputs]  # x and out warm, as in a model
-    rows = [measure(name, calls, num_bytes, bandwidth) for name, calls in variants(add, shape, inputs)]
-    return sorted((row for row in rows if row), key=lambda row: row["us"]["median"])
+    rows = []
+    for name, config, calls in variants(add, shape, inputs):
+        row = measure(name, calls, num_bytes, bandwidth)
+        rows += [row | {"config": config}] if row else []
+    return sorted(rows, key=lambda row: row["us"]["median"])
 
 
 def show(where: str, rows: list[dict[str, Any]]) -> None:

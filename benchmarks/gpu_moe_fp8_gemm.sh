@@ -3,14 +3,14 @@
 #
 #     benchmarks/gpu_moe_fp8_gemm.sh OUT [PART ...]
 #
-# Parts, in this order unless named: tests gemm-first fp8-attention moe fp8-engine moe-engine gemm rows sanitizer.
-# PYTHON names the interpreter (default: .venv/bin/python, or python3), which must find minisgl. The parts go on after one
-# has failed; the exit code is 1 if any did. OUT gets a log a part and times.txt; results/*.jsonl get the measured lines.
+# Parts, in this order unless named: tests gemm-first skinny-engine fp8-attention moe fp8-engine moe-engine gemm rows
+# sanitizer. PYTHON names the interpreter (default: .venv/bin/python, or python3). The parts go on after one has failed;
+# the exit code is 1 if any did. OUT gets a log a part and times.txt; results/*.jsonl get the measured lines.
 set -u
 
 out=$(mkdir -p "${1:?usage: gpu_moe_fp8_gemm.sh OUT [PART ...]}" && cd "$1" && pwd) || exit 2
 shift
-parts=${*:-tests gemm-first fp8-attention moe fp8-engine moe-engine gemm rows sanitizer}
+parts=${*:-tests gemm-first skinny-engine fp8-attention moe fp8-engine moe-engine gemm rows sanitizer}
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
@@ -33,9 +33,10 @@ run_part() {
         tests)
             timeout 240 "$python" -m pytest -q -m cuda -p no:cacheprovider tests/kernels/test_moe.py \
                 tests/models/test_moe_fused.py tests/kernels/test_fp8_store.py tests/kernels/test_kernels.py \
-                tests/attention/test_triton_paged.py -k "moe or skinny or fp8 or fused"
+                tests/models/test_skinny.py tests/attention/test_triton_paged.py -k "moe or skinny or fp8 or fused"
             ;;
         gemm-first) timeout 150 "$python" benchmarks/bench_gemm.py --models qwen3-0.6b,qwen3-8b --batches 1,8 ;;
+        skinny-engine) steps qwen3-0.6b "1 8 32" && steps qwen3-0.6b "1 8 32" --skinny-gemm && steps qwen3-8b "1 8 32" --skinny-gemm ;;
         fp8-attention) timeout 90 "$python" benchmarks/bench_attention.py --models qwen3-0.6b --fp8 ;;
         moe) timeout 180 "$python" benchmarks/bench_moe.py --tokens 1,32,256,4096 ;;
         fp8-engine)
