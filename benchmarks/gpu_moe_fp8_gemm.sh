@@ -33,7 +33,8 @@ run_part() {
         tests)
             timeout 240 "$python" -m pytest -q -m cuda -p no:cacheprovider tests/kernels/test_moe.py \
                 tests/models/test_moe_fused.py tests/kernels/test_fp8_store.py tests/kernels/test_kernels.py \
-                tests/models/test_skinny.py tests/attention/test_triton_paged.py -k "moe or skinny or fp8 or fused"
+                tests/kernels/test_skinny_gemm_chain.py tests/models/test_skinny.py \
+                tests/attention/test_triton_paged.py -k "moe or skinny or fp8 or fused or qkv_post"
             ;;
         gemm-first) timeout 150 "$python" benchmarks/bench_gemm.py --models qwen3-0.6b,qwen3-8b --batches 1,8 ;;
         skinny-engine) steps qwen3-0.6b "1 8 32" && steps qwen3-0.6b "1 8 32" --skinny-gemm && steps qwen3-8b "1 8 32" --skinny-gemm ;;

@@ -31,6 +31,7 @@ CASES = {  # rows of an odd number of vectors, ids and slots that are out of ran
     "store": {"tokens": 9, "heads": 3, "head_dim": 60, "slots": 40, "skip": 4, "pad": 8},
     "store_norm": {"tokens": 5, "heads": 3, "head_dim": 60, "width": 580, "slots": 40, "skip": 2, "pad": 4},
 }
+HEADERS = ("common.cuh", "head.cuh", "store/ladder/staging.cuh")
 ASSEMBLY = {  # function → its body in C++
     "copy_async": "*shared = *global;",
     "load_hinted": "return *p;",
@@ -74,7 +75,7 @@ def library(build: Any, folder: Path) -> Any:
     from minisgl.kernels import nvrtc
 
     place = folder / str(abs(hash(build)))
-    for path in (nvrtc.FOLDER / "common.cuh", nvrtc.FOLDER / "store/ladder/staging.cuh", nvrtc.FOLDER / build.source):
+    for path in (*(nvrtc.FOLDER / header for header in HEADERS), nvrtc.FOLDER / build.source):
         copy = place / path.relative_to(nvrtc.FOLDER)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(host_source(path.read_text()))
@@ -85,6 +86,21 @@ def library(build: Any, folder: Path) -> Any:
     target = place / "kernel.so"
     subprocess.run([str(COMPILER), *flags, *macros, str(HOST / "entry.cpp"), "-o", str(target)], check=True)
     return ctypes.CDLL(str(target)).run_grid
+
+
+def on_host(folder: Path) -> Callable[..., Any]:
+    """Stands in for `nvrtc.prepare`."""
+
+    def prepare(build: Any, device: int, blocks: int, threads: int, pdl: bool) -> Callable[..., None]:
+        run_grid = library(build, folder)
+
+        def run(*args: int | float) -> None:
+            words = [struct.unpack("q", struct.pack("d", x))[0] if isinstance(x, float) else int(x) for x in args]
+            run_grid(ctypes.c_uint(blocks), ctypes.c_uint(threads), (ctypes.c_longlong * len(words))(*words))
+
+        return run
+
+    return prepare
 
 
 def use_host(folder: Path) -> None:
@@ -98,15 +114,7 @@ def use_host(folder: Path) -> None:
     from minisgl.kernels.store_norm import ladder as store_norm_ladder
     from minisgl.kernels.tuning import Config
 
-    def prepare(build: Any, device: int, blocks: int, threads: int, pdl: bool) -> Callable[..., None]:
-        run_grid = library(build, folder)
-
-        def run(*args: int | float) -> None:
-            words = [struct.unpack("q", struct.pack("d", x))[0] if isinstance(x, float) else int(x) for x in args]
-            run_grid(ctypes.c_uint(blocks), ctypes.c_uint(threads), (ctypes.c_longlong * len(words))(*words))
-
-        return run
-
+    prepare = on_host(folder)
     replaced: list[Any] = [index_op, index_ladder, norm_op, store_op, store_ladder, store_norm_ladder]
     for module in replaced:
         module.prepare = prepare
