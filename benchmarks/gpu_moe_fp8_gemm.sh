@@ -36,7 +36,7 @@ run_part() {
                 tests/kernels/test_skinny_gemm_chain.py tests/models/test_skinny.py \
                 tests/attention/test_triton_paged.py -k "moe or skinny or fp8 or fused or qkv_post"
             ;;
-        gemm-first) timeout 150 "$python" benchmarks/bench_gemm.py --models qwen3-0.6b,qwen3-8b --batches 1,8 ;;
+        gemm-first) timeout 240 "$python" benchmarks/bench_gemm.py --models qwen3-0.6b,qwen3-8b --batches 1,8 --seconds 120 ;;
         skinny-engine) steps qwen3-0.6b "1 8 32" && steps qwen3-0.6b "1 8 32" --skinny-gemm && steps qwen3-8b "1 8 32" --skinny-gemm ;;
         fp8-attention) timeout 90 "$python" benchmarks/bench_attention.py --models qwen3-0.6b --fp8 ;;
         moe) timeout 180 "$python" benchmarks/bench_moe.py --tokens 1,32,256,4096 ;;
@@ -48,7 +48,7 @@ run_part() {
                     --save benchmarks/results/offline.jsonl
             ;;
         moe-engine) steps qwen3-30b-a3b "1 32 256" && offline qwen3-30b-a3b ;;
-        gemm) timeout 420 "$python" benchmarks/bench_gemm.py --seconds 380 ;;
+        gemm) timeout 480 "$python" benchmarks/bench_gemm.py --seconds 380 ;;
         rows) steps mistral-7b "1 32" --context 8192 && steps llama-3.2-1b "1 32 256" && offline llama-3.2-1b ;;
         sanitizer)
             [ -n "$sanitizer" ] || { echo "skipped: compute-sanitizer isn't installed" && return 0; }
