@@ -38,7 +38,7 @@ limited() {  # MINUTES COMMAND ...
 bench() {  # MINUTES SHAPE PARTS [OPTION ...]
     local minutes=$1 shape=$2 parts=$3
     shift 3
-    limited "$minutes" "$python" benchmarks/bench_gpu.py --shape "$shape" --parts "$parts" --out "$out/engine.jsonl" \
+    BENCH_BEGAN=$(date +%s.%N) limited "$minutes" "$python" benchmarks/bench_gpu.py --shape "$shape" --parts "$parts" --out "$out/engine.jsonl" \
         ${DRY:+--tiny} "$@"
 }
 
