@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_engine import bench_decode, bench_prefill, drain, kv_bytes, random_prompt, sync, weight_bytes
+from bench_engine import bench_decode, bench_prefill, drain, random_prompt, sync
 from common import environment, memory_bandwidth, spread
 
 from minisgl.cli.bench_offline import draw, measure
@@ -40,6 +40,7 @@ from minisgl.cli.bench_options import Range
 from minisgl.engine.engine import Engine
 from minisgl.llm import LLM
 from minisgl.profiling import shapes
+from minisgl.profiling.floor import kv_bytes, step_bytes
 from minisgl.types import SamplingParams
 
 PARTS = ("start", "offline", "decode", "breakdown", "prefill", "host", "sampling", "mixed", "plain", "eager")
@@ -52,7 +53,7 @@ GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
 def process_seconds() -> float:
-    """Since this process began (or $BENCH_BEGAN, in seconds since 1970): what came before this file's first line too."""
+    """Since this process began, or $BENCH_BEGAN (seconds since 1970); what came before this file's first line too."""
     if "BENCH_BEGAN" in os.environ:
         return time.time() - float(os.environ["BENCH_BEGAN"])
     ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
@@ -121,12 +122,12 @@ class Bench:
             self.engine.runner.graphs = graphs
 
     def decode(self) -> dict[str, Any]:
-        weights, per_token = weight_bytes(self.engine), kv_bytes(self.engine)
+        per_token = kv_bytes(self.engine)
         bandwidth = self.bandwidth or memory_bandwidth(self.engine.config.device)
         rows = []
         for batch in self.batches:
             ms = {k: round(v * 1e3, 4) for k, v in spread(self._decode(batch)).items()}
-            floor = (weights + batch * self.context * per_token) / bandwidth * 1e3
+            floor = (step_bytes(self.engine, batch) + batch * self.context * per_token) / bandwidth * 1e3
             rows.append(
                 {"batch": batch, "ms": ms, "floor_ms": round(floor, 4), "of_floor": round(floor / ms["median"], 3)}
             )
