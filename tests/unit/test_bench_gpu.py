@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import minisgl
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -15,6 +17,7 @@ def test_gpu_benchmark_goes_through_every_part(tmp_path: Path) -> None:
     out = tmp_path / "engine.jsonl"
     command = [sys.executable, "bench_gpu.py", "--tiny", "--out", str(out)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "BENCH_BEGAN": "0"}
+    env["PYTHONPATH"] = str(Path(minisgl.__file__).parent.parent)
     done = subprocess.run(command, cwd=BENCHMARKS, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
