@@ -1,4 +1,9 @@
-"""rope v1 in Triton: one program a token and head, queries and keys in one launch."""
+"""rope v1 in Triton: one program a token and head, queries and keys in one launch.
+
+Idea: what a compiler gives for fifteen lines; the measure that the CUDA version has to beat.
+Measured (H100, 16 + 8 heads of 128, µs at 1 / 64 / 1024 / 16384 tokens): 1.42 / 2.24 / 16.2 / 240, v2 in CUDA 1.13 /
+1.70 / 5.82 / 71.5: a program for each head fetches its token's angles again, and moves 64 pairs at a time.
+"""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""silu_mul v1 in Triton: one program a block of 1024 columns of a row."""
+"""silu_mul v1 in Triton: one program a block of 1024 columns of a row.
+
+Idea: what a compiler gives for ten lines; the measure that the CUDA version has to beat.
+Measured (H100, 3072 columns, µs at 1 / 64 / 1024 / 16384 rows): 1.43 / 1.89 / 7.92 / 103, v2 in CUDA 1.12 / 1.57 / 7.54
+/ 100: as good where bandwidth binds, a launch behind where it doesn't.
+"""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
