@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from minisgl.cli import main
+from minisgl.cli.lab.env import turns
 from minisgl.kernels.spec import KernelSpec, Version
 from minisgl.profiling import catalogue, scatter
 from minisgl.profiling.record import Record, read
@@ -45,6 +46,13 @@ def test_env_measures_ceilings(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "ceilings" in printed and str(tmp_path / "env.json") in printed
     if record.hardware["cuda"] is None:
         assert "skipped the GPU's ceilings" in printed
+
+
+def test_turns_are_where_limits_meet() -> None:
+    gpu = {"launch_pdl_us": 0.5, "hbm_gbps": 3000.0, "bf16_tflops": 780.0, "call_us": 0.6, "cpu_gbps": 10.0}
+    assert [line[2] for line in turns(gpu)] == ["1500", "260"]
+    assert [line[2] for line in turns({"call_us": 0.5, "cpu_gbps": 10.0, "cpu_tflops": 0.1})] == ["5", "10"]
+    assert len(turns({name: x for name, x in gpu.items() if "launch" not in name})) == 1
 
 
 def test_kernels_are_right_or_skipped_with_a_reason(tmp_path: Path) -> None:

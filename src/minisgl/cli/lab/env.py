@@ -37,11 +37,25 @@ def run(args: argparse.Namespace) -> None:
         record.skip("bandwidth between GPUs", "fewer than two GPUs")
     rows = [{"ceiling": name, "value": value} for name, value in found.items()]
     page.table("ceilings", ("ceiling:", "measured", "unit:"), (_ceiling(*item) for item in found.items()))
+    page.table("where one limit gives way to the next", ("from:", "to:", "at", "unit:"), turns(found))
     if facts.get("peer_gbps"):
         matrix = facts["peer_gbps"]
         heads = ("from:", *(f"to {i}" for i in range(len(matrix))))
         page.table("GB/s between GPUs", heads, ((i, *(_round(x) for x in line)) for i, line in enumerate(matrix)))
     page.finish(replace(record, ceilings=found, rows=rows, summary=facts), args.out)
+
+
+def turns(ceilings: dict[str, float]) -> list[tuple[str, str, str, str]]:
+    """The bytes at which a launch stops to bind, and the operations a byte from which on computing does."""
+    from minisgl.profiling.roofline import crossover_bytes, ridge
+
+    on_gpu = "hbm_gbps" in ceilings
+    launch = ceilings.get("launch_pdl_us") if on_gpu else ceilings["call_us"]
+    gbps, rate = (ceilings["hbm_gbps"], "bf16_tflops") if on_gpu else (ceilings["cpu_gbps"], "cpu_tflops")
+    lines = [("memory", "computing", f"{ridge(ceilings[rate], gbps):.0f}", "operations a byte")]
+    if launch is not None:
+        lines.insert(0, ("launch", "memory", f"{crossover_bytes(launch, gbps) / 1e3:.0f}", "kB"))
+    return lines
 
 
 def _flat(facts: dict[str, Any], above: str = "") -> list[tuple[str, str]]:
