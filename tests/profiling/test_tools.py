@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -125,6 +126,20 @@ def test_ncu_runs_the_command_and_interprets_it(
     assert record.summary["rules"][3]["kernels"] == ["gemm"]
     shown = capsys.readouterr().out
     assert "over 70% of peak bandwidth: near the optimum" in shown and "  gemm\n" in shown
+
+
+def test_ncu_measures_our_kernels_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "table").write_text(table(TINY))
+    out = tmp_path / "out"
+    notes = put_tool(tmp_path, "ncu", f"cp {tmp_path / 'table'} {out / 'ncu.csv'}", monkeypatch)
+    assert main(["profile", "ncu", "--out", str(out)]) == 0
+    line = " ".join(notes.read_text().splitlines())
+    assert line.endswith(f"-m minisgl profile kernels --quick --out {out}/under-ncu"), (
+        "it must not overwrite a run's own"
+    )
+    [regex] = re.findall(r"--kernel-name regex:(\S+) --launch-count 500 ", line)
+    assert all(re.search(regex, name) for name in ("index_v2", "store_v2", "rmsnorm", "_decode"))
+    assert not re.search(regex, "vectorized_elementwise_kernel")
 
 
 def test_ncu_reads_a_table_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,13 +19,14 @@ INSTALL = (
     "https://developer.nvidia.com/nsight-compute) and put it on the PATH"
 )
 DEFAULT = ("profile", "kernels", "--quick")
+OURS = "^(_|index_|store_|rmsnorm|rope|silu_mul|qkv_post|skinny_gemm)"  # Triton's begin with an underscore
 LAUNCHES = 500
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     page.add_common(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="read what ncu --csv --page raw wrote; run nothing")
-    parser.add_argument("--kernels", metavar="REGEX", help="only kernels whose name matches (default: all)")
+    parser.add_argument("--kernels", metavar="REGEX", help="only kernels whose name matches (default: all of COMMAND)")
     parser.add_argument("--launches", type=int, metavar="N", help=f"at most (default: {LAUNCHES}; quick: 50)")
     tool.add_program(parser, DEFAULT)
 
@@ -55,12 +56,14 @@ def _measure(args: argparse.Namespace) -> Path:
     from minisgl.profiling.ncu import REQUESTED, SECTIONS
 
     ncu, out = tool.find("ncu", INSTALL), Path(args.out)
-    program = tool.program(args.program)
+    ours = args.program == list(DEFAULT)
+    program = [*tool.program(args.program), *(("--out", str(out / "under-ncu")) if ours else ())]
     out.mkdir(parents=True, exist_ok=True)
     log = out / "ncu.csv"
     log.unlink(missing_ok=True)
     sections = [word for section in SECTIONS for word in ("--section", section)]
-    chosen = ["--kernel-name", f"regex:{args.kernels}"] if args.kernels else []
+    names = args.kernels or (OURS if ours else None)
+    chosen = ["--kernel-name", f"regex:{names}"] if names else []
     count = args.launches or (50 if args.quick else LAUNCHES)
     command = [
         ncu, *sections, "--metrics", ",".join(REQUESTED), "--target-processes", "all", "--clock-control", "none",
