@@ -101,7 +101,7 @@ def _installed(*packages: str) -> bool:
     return all(find_spec(name) is not None for name in packages)
 
 
-def _triton_runs() -> bool:
+def triton_runs() -> bool:
     """Whether Triton is there, and the C compiler that it builds its launchers with."""
     compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
     return _installed("triton") and any(shutil.which(name) for name in compilers)
@@ -166,7 +166,7 @@ def _attention(config: EngineConfig, device: str, dtype: str, hardware: Hardware
         unfit["triton"] = "Triton converts FP8 to bfloat16 from compute capability 9.0 on"
     name = config.attention
     if name == "auto":
-        triton = gpu is not None and gpu.capability >= (8, 0) and _triton_runs()
+        triton = gpu is not None and gpu.capability >= (8, 0) and triton_runs()
         name = ("triton" if triton else "torch_sdpa") if device == "cuda" else "cpu" if cpu_kernels else "torch_sdpa"
         if name in unfit:
             log.warning("attention is torch_sdpa, not %s: kv-cache-dtype is fp8, and %s", name, unfit[name])

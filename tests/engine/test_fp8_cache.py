@@ -139,7 +139,7 @@ def test_triton_reads_fp8_where_the_gpu_does(capability: tuple[int, int], attent
     gpu = mock.create_autospec(CudaDevice, instance=True, capability=capability)
     machine = replace(detect(), cuda=gpu)
     config = EngineConfig(device="cuda", kv_cache_dtype="fp8", fused_kernels="off")
-    with mock.patch("minisgl.config._triton_runs", return_value=True):
+    with mock.patch("minisgl.config.triton_runs", return_value=True):
         assert resolve(config, machine).attention == attention
     if attention != "triton":
         with pytest.raises(ConfigError, match=r"triton.*9\.0"):

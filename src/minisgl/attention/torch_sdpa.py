@@ -87,10 +87,10 @@ def _attend(q: Tensor, keys: Half, values: Half, piece: Piece, scale: float) -> 
 
 def _gather(half: Half, piece: Piece, dtype: torch.dtype) -> Tensor:
     """[B, kv_heads, L, head_dim], a view where the pages are a slice and not quantised."""
-    pool = half.pages
+    pool = half.pages if half.scale is None else half.pages.view(torch.uint8)  # float8 has few operators
     pages = pool[piece.pages] if isinstance(piece.pages, slice) else pool.index_select(0, piece.pages)
     if half.scale is not None:
-        pages = pages.to(dtype) * half.scale.to(dtype)[:, None]
+        pages = pages.view(half.pages.dtype).to(dtype) * half.scale.to(dtype)[:, None]
     tokens = pages.view(piece.num_seqs, -1, *pool.shape[2:])
     return tokens[:, : piece.length].transpose(1, 2)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from minisgl.config import triton_runs
 from minisgl.distributed import TPGroup
 from minisgl.kernels.cpu import PackedMatrix, PackedRows
 from minisgl.models.config import ModelConfig
@@ -42,9 +42,8 @@ class Build:
     @property
     def triton(self) -> bool:
         """Whether layers may call Triton kernels."""
-        if self.device.type != "cuda" or find_spec("triton") is None:
-            return False
-        return torch.cuda.get_device_capability(self.device) >= (8, 0)
+        on_gpu = self.device.type == "cuda" and triton_runs()
+        return on_gpu and torch.cuda.get_device_capability(self.device) >= (8, 0)
 
     def empty(self, *shape: int) -> nn.Parameter:
         """A parameter without values yet."""
