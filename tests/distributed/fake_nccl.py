@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Communicator:
     gloo: Any = None
     windows: list[Tensor] = []
     is_valid = True
+    held = threading.Event()  # set: no graph holds a call any more
 
     @classmethod
     def init(cls, nranks: int, rank: int, unique_id: UniqueId) -> Communicator:
@@ -68,6 +70,8 @@ class Communicator:
         recvbuf.copy_(self.gloo.all_gather(sendbuf.contiguous()))
 
     def destroy(self) -> None:
+        """As NCCL's, it waits for the last graph."""
+        assert self.held.wait(60)
         self.is_valid = False
 
     abort = destroy
@@ -103,6 +107,7 @@ def install(group: TPGroup) -> None:
     cuda: Any = torch.cuda
     cuda.current_device, cuda.device_count = lambda: group.rank, lambda: group.size
     cuda.can_device_access_peer, cuda.synchronize = lambda a, b: False, lambda *_: None
+    cuda.set_device = lambda *_: None
     cuda.get_device_properties = lambda device: types.SimpleNamespace(name="GPU", uuid=f"number {device.index}")
     ours._stream = lambda: 7
     probe.SIZES = (1 << 10, 1 << 12, 1 << 27)
@@ -121,12 +126,12 @@ def _time_path(run: Any, x: Tensor) -> float:
 def start(group: TPGroup, folder: str, cache: str) -> list[Any]:
     """Starts a communicator, sums through it, closes it; what each rank saw."""
     install(group)
-    from minisgl.distributed.nccl import NcclCommunicator
+    from minisgl.distributed import nccl as ours
 
     os.environ["MINISGL_CACHE"] = cache
     store = meet(Path(folder), group.size, 120.0)
     host = TorchCommunicator(gloo_group(group.rank, group.size, store, 120.0))
-    comm = NcclCommunicator(group.rank, group.size, torch.device("cuda", group.rank), host, store)
+    comm = ours.NcclCommunicator(group.rank, group.size, torch.device("cuda", group.rank), host, store)
     x = torch.full((100,), float(group.rank + 1))
     comm.reduce(x)
     assert torch.equal(x, torch.full((100,), sum(range(1, group.size + 1)) * 1.0))
@@ -139,8 +144,13 @@ def start(group: TPGroup, folder: str, cache: str) -> list[Any]:
     assert out[:, 0].tolist() == list(range(group.size))
     assert comm.reduce.table is not None
     seen = [sorted(comm.reduce.paths), comm.reduce.table.to_json(), sorted(comm.start_s)]
+    ours.END_S = 0.05
     comm.close()
+    seen.append("registered" in comm.reduce.places)  # the buffer is kept while NCCL may still need it
+    Communicator.held.set()
+    ours.END_S = 60.0
     comm.close()
+    seen.append("registered" in comm.reduce.places)
     try:
         comm.reduce(x)
     except RuntimeError as error:

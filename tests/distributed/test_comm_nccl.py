@@ -21,10 +21,11 @@ def test_communicator_starts_agrees_and_ends(tmp_path: Path) -> None:
         seen.append(run_world(2, fake_nccl.start, str(folder), str(cache)))
     for first, second in seen:
         assert first == second
-        paths, table, parts, error = first
+        paths, table, parts, kept, kept_after, error = first
+        assert (kept, kept_after) == (True, False)
         assert paths == ["direct", "registered", "registered_copy"]
         assert parts == ["map", "register", "settle"]
-        assert error == "Communicator not initialized"
+        assert error == "the group is closed"
         found = PathTable.from_json(table)
         assert found.machine.gpus == ("GPU;number 0", "GPU;number 1")
         assert found.machine.nccl == "2.28.9"

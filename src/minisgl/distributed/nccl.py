@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from minisgl.distributed.torch_comm import TorchCommunicator, broadcast_bytes, g
 
 WINDOW_BYTES = 64 << 20
 SYMMETRIC_BYTES = 16 << 20
+END_S = 2.0  # that ending NCCL may take
 
 
 class NcclCommunicator:
@@ -42,6 +44,7 @@ class NcclCommunicator:
         from nccl.bindings.nccl import NCCLError
 
         self.rank, self.size, self.device, self.host = rank, size, device, host
+        self._ending: Thread | None = None
         self._errors = (nccl.NcclInvalid, NCCLError)
         unique = broadcast_bytes(host, bytes(nccl.get_unique_id()) if rank == 0 else b"")
         self._comm: Any = self._try(nccl.Communicator.init, size, rank, nccl.UniqueId.from_bytes(unique))
@@ -129,21 +132,31 @@ class NcclCommunicator:
         return self.reduce.workspace(shape, dtype)
 
     def close(self) -> None:
-        if self._comm.is_valid:
-            torch.cuda.synchronize(self.device)
-            self._comm.destroy()  # and its window, so before the buffer
-            self.reduce.close()
+        if self._end(self._comm.destroy):
+            self.reduce.close()  # a buffer goes after its window
         self.host.close()
 
     def abort(self) -> None:
-        if self._comm.is_valid:
-            self._comm.abort()
+        self._end(self._comm.abort)
         self.host.abort()
+
+    def _end(self, call: Callable[[], None]) -> bool:
+        """Ends NCCL's communicator in a thread of its own; whether that is done.
+
+        NCCL waits there until every CUDA graph that holds one of its calls is gone, and for ranks that don't end.
+        """
+        if self._ending is None:
+            self._ending = Thread(target=lambda: (torch.cuda.set_device(self.device), call()), daemon=True)
+            self._ending.start()
+        self._ending.join(END_S)
+        return not self._ending.is_alive()
 
     def _direct(self, x: Tensor) -> None:
         self._try(self._comm.allreduce, x, x, self._sum, stream=_stream())
 
     def _try(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if self._ending is not None:
+            raise RuntimeError("the group is closed")
         try:
             return call(*args, **options)
         except self._errors as e:

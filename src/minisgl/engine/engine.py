@@ -226,4 +226,5 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Ends what belongs to the engine beside this process: nothing."""
+        """Lets go of what would keep the ranks' communicator from ending: graphs that hold its calls."""
+        self.runner.graphs = None

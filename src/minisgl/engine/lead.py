@@ -116,6 +116,7 @@ class LeadEngine(Engine):
 
     def close(self) -> None:
         """Ends the other ranks; the engine can't be used any more. Idempotent."""
+        super().close()
         self._end()
 
 
@@ -146,6 +147,7 @@ def follow(config: EngineConfig, rank: int, folder: Path, link: Connection) -> N
             assert refused is None, f"rank {rank} refused what rank 0 took: {refused}"
         _compare(rank, engine.scheduler, message.checks)
         engine.step()
+    engine.close()
     engine.tp.close()
 
 
