@@ -145,8 +145,13 @@ class NcclCommunicator:
 
         NCCL waits there until every CUDA graph that holds one of its calls is gone, and for ranks that don't end.
         """
+
+        def end() -> None:
+            torch.cuda.set_device(self.device)
+            call()
+
         if self._ending is None:
-            self._ending = Thread(target=lambda: (torch.cuda.set_device(self.device), call()), daemon=True)
+            self._ending = Thread(target=end, daemon=True)
             self._ending.start()
         self._ending.join(END_S)
         return not self._ending.is_alive()
