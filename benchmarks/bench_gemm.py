@@ -65,7 +65,9 @@ _residuals: dict[torch.Size, Tensor] = {}
 
 
 def residual_of(x: Tensor) -> Tensor:
-    return _residuals.setdefault(x.shape, torch.zeros(x.shape, dtype=x.dtype, device=x.device))
+    if x.shape not in _residuals:  # at the first call, which no graph captures
+        _residuals[x.shape] = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return _residuals[x.shape]
 
 
 def variants(add: bool, shape: Shape, inputs: list[tuple[Any, ...]]) -> Iterator[tuple[str, list[int] | None, Calls]]:

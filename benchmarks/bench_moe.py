@@ -11,6 +11,7 @@ the engine takes; `torch` goes expert by expert, as the engine does without Trit
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 import torch
@@ -62,10 +63,12 @@ def by_torch(x: torch.Tensor, logits: torch.Tensor, gate_up: torch.Tensor, down:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="1,8,32,128,256,1024,4096,16384")
+    parser.add_argument("--seconds", type=float, default=600, help="start nothing new after so many (default: 600)")
     parser.add_argument("--no-save", action="store_true", help="print only; append nothing to results/moe.jsonl")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_moe.py measures Triton kernels: torch sees no NVIDIA GPU")
+    began = time.perf_counter()
     bandwidth, rate = memory_bandwidth("cuda"), product_rate(DTYPE, 8192)
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
     weights = [
@@ -82,6 +85,9 @@ def main() -> None:
         print(f"{tokens} tokens: {touched:.0f} experts touched, floor {floor:.1f} µs a layer")
         chosen = choose_tile(tokens * TOP_K, EXPERTS, DTYPE)
         for tile in dict.fromkeys((chosen, *TILES.values(), LARGE, *MORE)):
+            if time.perf_counter() - began > args.seconds:
+                print("  out of time")
+                break
             calls = [lambda a=a, t=tile: triton_v1.run(*a, TOP_K, True, tile=t) for a in layers]
             try:
                 us = spread(replay_us(calls, samples=7))

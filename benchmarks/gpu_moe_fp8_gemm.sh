@@ -39,7 +39,7 @@ run_part() {
         gemm-first) timeout 240 "$python" benchmarks/bench_gemm.py --models qwen3-0.6b,qwen3-8b --batches 1,8 --seconds 120 ;;
         skinny-engine) steps qwen3-0.6b "1 8 32" && steps qwen3-0.6b "1 8 32" --skinny-gemm && steps qwen3-8b "1 8 32" --skinny-gemm ;;
         fp8-attention) timeout 90 "$python" benchmarks/bench_attention.py --models qwen3-0.6b --fp8 ;;
-        moe) timeout 180 "$python" benchmarks/bench_moe.py --tokens 1,32,256,4096 ;;
+        moe) timeout 240 "$python" benchmarks/bench_moe.py --tokens 1,32,256,4096 --seconds 150 ;;
         fp8-engine)
             timeout 120 bash -c "$(declare -f steps); python=$python; steps qwen3-0.6b '1 32 256' --kv-cache-dtype fp8" &&
                 timeout 120 "$python" -m minisgl bench offline --shape qwen3-0.6b --kv-cache-dtype fp8 \
