@@ -41,6 +41,7 @@ steps=(
     'store      scripts/03_profile_store.py'
     'attention  scripts/04_profile_attention.py'
     'comm       scripts/05_profile_comm.py'
+    'tp         -m minisgl profile tp'
     'rulings    -m minisgl profile rulings'
     'load       -m minisgl profile load'
     'request    -m minisgl profile request'

@@ -13,12 +13,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "06_full_pipeline.sh"
-KINDS = "env kernels index store attention comm rulings load request step compare".split()
+KINDS = "env kernels index store attention comm tp rulings load request step compare".split()
 
 MEASURED = (
     "The way of one request",
     "Where a decode step's time goes",
     "Communication between ranks",
+    "Timeline of a tensor-parallel step",
     "A served model under load",
     "Rulings on claims",
     "Expected and measured",
@@ -34,7 +35,7 @@ def test_quick_pipeline_measures_and_reports_everything(tmp_path: Path, smollm2:
     done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=1400)
     logs = "\n".join(f"{path.name}: {path.read_text()[-1500:]}" for path in sorted((tmp_path / "logs").iterdir()))
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}\n{logs}"
-    assert "12/12" in done.stderr and "report.html" in done.stdout
+    assert "13/13" in done.stderr and "report.html" in done.stdout
 
     for kind in KINDS:
         record = json.loads((tmp_path / f"{kind}.json").read_text())
@@ -48,7 +49,7 @@ def test_quick_pipeline_measures_and_reports_everything(tmp_path: Path, smollm2:
     for kind in ("Correctness", "index", "store", "attention"):
         assert f"\n## {kind}\n" in analysis
     plots = {path.name for path in (tmp_path / "report" / "plots").iterdir()}
-    assert {"request.svg", "step.svg", "roofline.svg", "comm-all_reduce.svg"} <= plots
+    assert {"request.svg", "step.svg", "roofline.svg", "tp.svg", "comm-all_reduce.svg"} <= plots
     assert sorted((ROOT / "reports").rglob("*")) == before, "reports/ changes only on request"
 
 
@@ -66,4 +67,4 @@ def test_failed_step_is_named_and_stops_nothing(tmp_path: Path) -> None:
     done = subprocess.run([SCRIPT, "--quick", "--out", tmp_path / "o"], env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == f"failed: index, see {tmp_path}/o/logs/index.log"
-    assert "12/12" in done.stderr
+    assert "13/13" in done.stderr

@@ -24,6 +24,7 @@ from minisgl.types import MinisglError
 PAGES = ("INDEX.md", "final-report.md", "analysis.md", "environment.md", "kernel-dev-guide.md")
 FINAL = (
     "Executive summary", "The way of one request", "Where a decode step's time goes", "Communication between ranks",
+    "Timeline of a tensor-parallel step",
     "A served model under load", "Opportunities, by priority", "Rulings on claims", "Expected and measured",
     "Conclusions",
 )  # fmt: skip
@@ -73,6 +74,9 @@ def full_run(folder: Path) -> Path:
     }
     rules = [{"when": "under 50% of peak", "advice": "check coalescing", "kernels": ["index_v2", "store_v2"]}]
     make("ncu", [seen], {"rules": rules}).write(folder)
+    reduced = [{"op": "all_reduce", "start_us": 100.0 * i, "us": 40.0, "bytes": 4096} for i in range(1, 5)]
+    shares = {"step_us": 640.0, "comm_us": 160.0, "share": 0.25, "calls": 4, "layers": 2, "world": 2, "device": "cpu"}
+    make("tp", reduced, shares | {"model": "smollm2", "batch": 8, "context": 256}, device="cpu").write(folder)
     make("load", [{"what": "requests a second", "value": 12.5, "unit": "1/s"}], {}).write(folder)
     verdicts = [ruling("pdl", "confirmed", 0.2, {"tokens": 1}), ruling("pdl", "confirmed", 0.2)]
     verdicts += [ruling("hints", "no difference", 0.005), ruling("sort", "refuted", -0.3)]
@@ -131,6 +135,7 @@ def test_figures_come_from_the_records(reports: Path) -> None:
     assert "450 µs a step, 50 of them in gaps" in final and "| attention | decode_kernel | 28 |" in final
     assert "attention (67%)" in final
     assert "CPU, gloo between processes" in final
+    assert "640 µs a step, of which 4 collectives take 160 µs (25%), 80 µs a layer" in final
     assert "| requests a second | 12.5 | 1/s |" in final
     assert "35 or 70 GB/s by how one counts" in final
 
@@ -187,7 +192,7 @@ def test_missing_data_names_the_command(tmp_path: Path) -> None:
     kernel_records()[2].write(tmp_path)  # the environment alone
     write_reports([tmp_path], tmp_path / "report")
     final, analysis = ((tmp_path / "report" / name).read_text() for name in ("final-report.md", "analysis.md"))
-    for kind in ("request", "step", "comm", "load", "rulings", "compare"):
+    for kind in ("request", "step", "comm", "tp", "load", "rulings", "compare"):
         assert f"`minisgl profile {kind}" in final, kind
     for kind in ("kernels", "index", "store", "attention"):
         assert f"`minisgl profile {kind}`" in analysis, kind

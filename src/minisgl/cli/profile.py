@@ -8,7 +8,7 @@ import importlib
 HELP = "measure this machine"
 # Modules of `minisgl.cli.lab`.
 ACTIONS = (
-    *("env", "kernels", "index", "store", "attention", "comm"),
+    *("env", "kernels", "index", "store", "attention", "comm", "tp"),
     *("request", "step", "load", "nsys", "ncu", "tune", "rulings", "compare", "report"),
 )
 

@@ -31,8 +31,14 @@ MOST_ROWS = 20  # of a ranked list
 
 def render(sources: Sources) -> str:
     """The whole page."""
-    parts = [_summary(sources), _request(sources), _step(sources), _communication(sources), _load(sources)]
-    parts += [_opportunities(sources), _rulings(sources), _discrepancies(sources), _conclusions(sources)]
+    parts = [_summary(sources), _request(sources), _step(sources), _communication(sources), _tp_timeline(sources)]
+    parts += [
+        _load(sources),
+        _opportunities(sources),
+        _rulings(sources),
+        _discrepancies(sources),
+        _conclusions(sources),
+    ]
     return section("Final report", *parts, level=1)
 
 
@@ -125,7 +131,8 @@ def _step(sources: Sources) -> str:
     ]  # fmt: skip
     head = ("operator:", "kernel:", "calls", "µs", "bytes", "floor µs", "of floor")
     shown = sources.plot("step", svg, "A decode step by operator, measured and floor")
-    return section(title, origin(record), where, shown, table(head, lines), skipped(record))
+    cached = "Above 100%: the bytes came from a cache." if any((r.get("fraction") or 0) > 1 for r in rows) else ""
+    return section(title, origin(record), where, shown, table(head, lines), cached, skipped(record))
 
 
 def _communication(sources: Sources) -> str:
@@ -159,6 +166,26 @@ def _communication(sources: Sources) -> str:
         what = f"{record.summary['model']}, {record.summary['layers']} layers, two all-reduces each:"
         parts.append(f"{what}\n\n" + table(("batch", "path:", "µs a layer", "µs a token", "share of a layer"), steps))
     return section(title, *parts, skipped(record))
+
+
+def _tp_timeline(sources: Sources) -> str:
+    """When a decode step of a split model communicates."""
+    title = "Timeline of a tensor-parallel step"
+    record = sources.get("tp")
+    if record is None or not record.rows:
+        return section(title, missing("a decode step of a model split over ranks", command("tp")))
+    facts = record.summary
+    parts = [origin(record)]
+    if facts["device"] == "cpu":
+        parts.append("**CPU, gloo between processes**: the order of things is a GPU's, the times aren't.")
+    layer = number(facts["comm_us"] / facts["layers"])
+    parts.append(
+        f"{facts['model']} on {facts['world']} ranks, batch {facts['batch']}, context {facts['context']}: "
+        f"{number(facts['step_us'])} µs a step, of which {facts['calls']} collectives take "
+        f"{number(facts['comm_us'])} µs ({percent(facts['share'])}), {layer} µs a layer."
+    )
+    plot = sources.plot("tp", plots.tp_timeline(record), "A decode step of a split model: computing, communicating")
+    return section(title, *parts, plot, skipped(record))
 
 
 def _load(sources: Sources) -> str:

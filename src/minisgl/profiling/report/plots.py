@@ -216,3 +216,22 @@ def layer_shares(batches: Sequence[dict[str, Any]], weights_us: float) -> str:
         axes.legend()
 
     return draw(fill, 1.4 + 0.3 * len(names))
+
+
+def tp_timeline(record: Record) -> str:
+    """A decode step of one rank: collectives, and what lies between them."""
+    whole = record.summary["step_us"] / 1e3
+    colours = {"all_reduce": COLOURS[1], "all_gather": COLOURS[3]}
+
+    def fill(axes: Axes) -> None:
+        axes.broken_barh([(0, whole)], (-0.4, 0.8), facecolors=COLOURS[0], label="computing, and the rest")
+        for op, colour in colours.items():
+            bars = [(row["start_us"] / 1e3, row["us"] / 1e3) for row in record.rows if row["op"] == op]
+            if bars:
+                axes.broken_barh(bars, (-0.4, 0.8), facecolors=colour, label=op.replace("_", "-"))
+        axes.set_yticks([0], ["rank 0"])
+        axes.set(xlabel="ms", title="One decode step", ylim=(-0.5, 1.3))
+        axes.grid(axis="y", visible=False)
+        axes.legend(ncols=3, loc="upper left")
+
+    return draw(fill, 2.0)

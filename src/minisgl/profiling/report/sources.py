@@ -17,6 +17,7 @@ KINDS = (
     "store",
     "attention",
     "comm",
+    "tp",
     "request",
     "step",
     "ncu",
