@@ -180,3 +180,7 @@ def every_path(group: TPGroup) -> None:
             reduce(space)
             assert torch.equal(space, sum(of_rank(rank, (4, 8), torch.float32) for rank in range(group.size)))
             assert taken == [runs]
+
+
+def environment(group: TPGroup, name: str) -> str | None:
+    return os.environ.get(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import comm_bodies
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from minisgl.cli.lab.comm import bytes_text
 from minisgl.profiling import comm
 from minisgl.profiling.collective_cases import SPEC
 from minisgl.profiling.correctness import verify
+from minisgl.profiling.ranks import run_ranks
 from minisgl.profiling.record import read
 from minisgl.types import CommunicationError, MinisglError
 
@@ -95,9 +97,14 @@ def comm_main(options: list[str]) -> Any:
     action.run(parser.parse_args(options))
 
 
-def test_failing_rank_is_an_error_with_its_traceback() -> None:
-    from minisgl.profiling.ranks import run_ranks
+def test_ranks_have_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are forked from a process that may have been started long before."""
+    for value in ("one", "two"):
+        monkeypatch.setenv("MINISGL_TEST_VALUE", value)
+        assert run_ranks(2, "cpu", comm_bodies.environment, "MINISGL_TEST_VALUE", limit_s=120.0) == [value, value]
 
+
+def test_failing_rank_is_an_error_with_its_traceback() -> None:
     with pytest.raises(CommunicationError, match=r"rank \d of 2: (?s:.)*measure_rank"):
         run_ranks(2, "cpu", comm.measure_rank, limit_s=120.0)  # without its arguments
 

@@ -39,10 +39,8 @@ def run_ranks(
     context.set_forkserver_preload(["torch", "minisgl.distributed"])
     with tempfile.TemporaryDirectory(prefix="minisgl-ranks-") as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(size)]
-        ranks = [
-            context.Process(target=_rank, args=(body, rank, size, device, folder, limit_s, pipes[rank][1], args))
-            for rank in range(size)
-        ]
+        shared = (size, device, folder, limit_s, dict(os.environ), body, args)
+        ranks = [context.Process(target=_rank, args=(rank, pipes[rank][1], *shared)) for rank in range(size)]
         try:
             for process, (_, sender) in zip(ranks, pipes, strict=True):
                 process.daemon = True
@@ -76,15 +74,18 @@ def _answers(receivers: Sequence[connection.Connection], limit_s: float, mortal:
 
 
 def _rank(
-    body: Body,
     rank: int,
+    sender: connection.Connection,
     size: int,
     device: str,
     folder: str,
     limit_s: float,
-    sender: connection.Connection,
+    environment: dict[str, str],
+    body: Body,
     args: tuple[Any, ...],
 ) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # the process that this one is forked from has that of its own start
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
