@@ -156,7 +156,7 @@ def test_kernels_come_before_the_host_that_launched_them() -> None:
         span("collect", 60, 100),
         span("gemm", 10, 80, "gpu", *launched),
         span("argmax", 85, 90, "gpu", "step", "prefill 5", "sample"),
-        span("fused_moe", 92, 96, "gpu", "step", "decode 1", "forward"),
+        span("fused_moe", 92, 96, "gpu", "step", "prefill 5", "forward"),
     ]
     pieces = partition(spans, 0, 100 * US, 100 * US)
     assert told(pieces) == [
@@ -168,7 +168,21 @@ def test_kernels_come_before_the_host_that_launched_them() -> None:
         ("fused_moe", 4, "kernel"),
         ("collect", 4, "decode"),
     ]
-    assert (pieces[1].layer, pieces[1].step, pieces[5].step) == (3, "prefill", "decode")
+    assert (pieces[1].layer, pieces[1].step, pieces[5].step) == (3, "prefill", "prefill")
+
+
+def test_first_token_does_not_wait_for_the_next_steps_kernels() -> None:
+    spans = [
+        span("prefill 5", 0, 10),
+        span("collect", 20, 60),
+        span("send", 60, 70),
+        span("gemm", 5, 40, "gpu", "prefill 5", "forward", "layer 0", "qkv"),
+        span("gemm", 40, 90, "gpu", "decode 1", "forward"),
+    ]
+    pieces = partition(spans, 0, 80 * US, 80 * US)
+    assert [(p.name, p.us) for p in pieces] == [
+        ("gap in prefill", 5), ("qkv", 35), ("collect", 20), ("send", 10), ("gemm", 10),
+    ]  # fmt: skip
 
 
 def test_operator_of_a_graphs_kernel_is_its_name() -> None:

@@ -58,6 +58,7 @@ def partition(spans: Iterable[Span], start: int, end: int, engine_until: int, en
     clipped = ((_clip(s, start, end, (engine_from, engine_until)), s) for s in spans)
     inside = [(*part, s) for part, s in clipped if part is not None]
     on_gpu = any(s.process == "gpu" for *_, s in inside)
+    order = _first_token if any(s.name.startswith("prefill ") for *_, s in inside) else _next_token
     times = sorted({start, end, *(first for first, _, _ in inside), *(last for _, last, _ in inside)})
     begun: dict[int, list[tuple[int, Span]]] = {}
     for first, last, s in inside:
@@ -66,7 +67,7 @@ def partition(spans: Iterable[Span], start: int, end: int, engine_until: int, en
     active: list[tuple[int, Span]] = []
     for at, until in pairwise(times):
         active = [each for each in active if each[0] > at] + begun.get(at, [])
-        pieces.append(_piece([s for _, s in active], at, until, on_gpu))
+        pieces.append(_piece(sorted((s for _, s in active), key=order), at, until, on_gpu))
     return _name_gaps(_join(pieces))
 
 
@@ -77,10 +78,22 @@ def _clip(s: Span, start: int, end: int, engine: tuple[int, int]) -> tuple[int, 
     return (first, last) if last > first else None
 
 
+def _next_token(s: Span) -> tuple[float, int, int, bool]:
+    """What the answer waits for among spans that are active at the same time: the last in this order."""
+    return _ORDER[s.process], s.start, -s.end, not s.name.startswith(_CONTAINERS)
+
+
+def _first_token(s: Span) -> tuple[float, int, int, bool]:
+    """The same up to the first token, which doesn't wait for kernels of the step after it."""
+    later = s.process == "gpu" and any(name.startswith("decode ") for name in s.path)
+    return (_ORDER["server"] + 0.5 if later else _ORDER[s.process]), *_next_token(s)[1:]
+
+
 def _piece(active: Sequence[Span], at: int, until: int, on_gpu: bool) -> Piece:
+    """`active` in order: the last one counts."""
     if not active:
         return Piece("", at, until, "gap", "")
-    inner = max(active, key=lambda s: (_ORDER[s.process], s.start, -s.end, not s.name.startswith(_CONTAINERS)))
+    inner = active[-1]
     around = inner.path if inner.path else [s.name for s in active if s.thread == inner.thread]
     layer = next((int(name[6:]) for name in reversed(around) if name.startswith("layer ")), None)
     step = next((name.split()[0] for name in around if name.startswith(("prefill ", "decode "))), "")
