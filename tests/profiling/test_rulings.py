@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,3 +151,24 @@ def test_comparison_is_ruled_on_without_a_gpu() -> None:
     pytest.importorskip("minisgl._C", reason="the C++ extension isn't installed")
     *_, pooled = rule_on(CLAIM, rounds=5, quick=True)
     assert pooled["verdict"] != "not measurable here" or "processor" in pooled["why"]
+
+
+def test_time_in_the_tree_is_measured_within_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisgl.llm.LLM", Idle)
+    claim = next(claim for claim in load_claims() if claim.id == "critical-path")
+    with EXPERIMENTS[claim.experiment](claim, claim.cases[0]) as (a, b):
+        pairs = [(a(), b()), (b(), a())]
+    assert pairs[0][0] - pairs[0][1] >= 2000  # microseconds that the tree slept
+    assert pairs[1][1] - pairs[1][0] >= 2000
+
+
+class Idle:
+    """An engine whose only work is a match in a slow tree."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        tree = SimpleNamespace(match=lambda ids: time.sleep(0.002))
+        self.engine = SimpleNamespace(scheduler=SimpleNamespace(ledger=SimpleNamespace(cache=tree)))
+
+    def generate(self, prompts: list[list[int]], params: Any) -> None:
+        assert len({tuple(ids) for ids in prompts}) == len(prompts)
+        self.engine.scheduler.ledger.cache.match(prompts[0])

@@ -101,7 +101,8 @@ def describe(hardware: Hardware) -> dict[str, Any]:
     """The machine as a record keeps it: `name` is the GPU's or else the CPU's, `cuda` None or the GPU's facts."""
     facts = asdict(hardware)
     place = hardware.cuda.name if hardware.cuda else f"{hardware.cpu}, {hardware.num_cores} cores"
-    return {"name": place, "device": "cuda" if hardware.cuda else "cpu", **facts}
+    load = round(os.getloadavg()[0], 1)  # who else was at work
+    return {"name": place, "load": load, "device": "cuda" if hardware.cuda else "cpu", **facts}
 
 
 def installed_versions() -> dict[str, str]:

@@ -112,5 +112,9 @@ def describe(row: dict[str, Any]) -> str:
 
 def measured(row: dict[str, Any]) -> str:
     """The gain of a row, its interval and, where no difference was found, what would have been."""
-    text = f"{row['gain']:+.1%} ({row['low']:+.1%} to {row['high']:+.1%})"
+    text = f"{_signed(row['gain'])} ({_signed(row['low'])} to {_signed(row['high'])})"
     return text + (f", detectable: {row['detectable']:.1%}" if row["verdict"] == "no difference" else "")
+
+
+def _signed(gain: float) -> str:
+    return f"{gain:+.1%}" if abs(gain) >= 0.001 else f"{gain:+.3%}"

@@ -76,12 +76,11 @@ class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One side of an A/B measurement: calls one after another, or a path or options that its experiment knows."""
+    """One side of an A/B measurement: calls one after another, or a path that its experiment knows."""
 
     name: str
     calls: list[Call] = []
     path: str = ""
-    options: dict[str, Any] = {}
 
 
 class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

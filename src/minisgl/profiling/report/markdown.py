@@ -62,8 +62,10 @@ def missing(what: str, command: str) -> str:
 def origin(record: Record) -> str:
     """Where the figures of a section come from."""
     quick = " A quick run: few sizes and samples, to see that it works." if record.quick else ""
+    load, cores = record.hardware.get("load", 0.0), record.hardware.get("num_cores", 1)
+    busy = f" The machine was busy: load {load:g} on {cores} cores as the run began." if load > cores else ""
     day = record.time[:16].replace("T", " ")
-    return f"_{record.hardware['name']}, commit `{record.commit}`, {day} UTC._{quick}"
+    return f"_{record.hardware['name']}, commit `{record.commit}`, {day} UTC._{quick}{busy}"
 
 
 def skipped(record: Record) -> str:
