@@ -128,7 +128,7 @@ def run(args: argparse.Namespace, model: str) -> None:
         device=args.device,
         dtype=args.dtype,
         dummy_weights=args.dummy_weights or args.shape is not None,
-        overlap=not args.no_overlap,
+        overlap=False if args.no_overlap else None,
         cuda_graph=not (args.no_cuda_graph or args.skinny_gemm),
         attention=args.attention,
         kv_cache_dtype=args.kv_cache_dtype,

@@ -43,7 +43,7 @@ class EngineConfig:
     max_batched_tokens: int | None = None  # tokens computed in one step
     policy: str = "fcfs"  # order of the waiting queue: first come first served, or longest prefix match
     prefix_cache: bool = True
-    overlap: bool = True  # schedule and launch a step while the one before it runs
+    overlap: bool | None = None  # schedule and launch a step while the one before it runs; None: on a GPU
     attention: str = "auto"
     fused_kernels: str = "auto"  # the project's CUDA kernels between a layer's matrix products; auto: where they run
     cuda_graph: bool = True  # replay decode steps as CUDA graphs, where there is a GPU
@@ -134,6 +134,7 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
     if device == "cuda" and hardware.cuda is None:
         raise ConfigError(f"device cuda was asked for, but {hardware.no_cuda_reason}; use --device cpu")
     changes["device"] = device
+    changes["overlap"] = device == "cuda" if config.overlap is None else config.overlap
     if config.dtype == "auto":
         half = "bfloat16" if hardware.cuda is not None and hardware.cuda.capability >= (8, 0) else "float16"
         changes["dtype"] = half if device == "cuda" else "float32"

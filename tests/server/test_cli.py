@@ -50,12 +50,13 @@ def test_options_default_to_the_configurations_own() -> None:
 
 def test_options_reach_their_fields() -> None:
     args = parse(
-        *"--model m --device cpu --dtype float16 --dummy-weights --tp 2 --seed 3 --page-size 8 --num-pages 9".split(),
+        *"--model m --device cpu --dtype float16 --dummy-weights --tp 2 --seed 3 --page-size 8".split(),
+        *"--kv-cache-dtype fp8 --num-pages 9".split(),
         *"--mem-fraction 0.5 --max-model-len 10 --max-running 11 --max-batched-tokens 12 --policy lpm".split(),
         *"--no-prefix-cache --no-overlap --attention a --host h --port 13 --served-model-name n --max-queue 14".split(),
         *"--api-key k --cors * --client-timeout 15 --drain-timeout 16 --sampling-defaults neutral".split(),
     )
-    engine = EngineConfig("m", "cpu", "float16", True, 2, 3, 8, 9, 0.5, 10, 11, 12, "lpm", False, False, "a")
+    engine = EngineConfig("m", "cpu", "float16", True, 2, 3, 8, "fp8", 9, 0.5, 10, 11, 12, "lpm", False, False, "a")
     assert engine_config(args) == engine
     assert server_config(args) == ServerConfig("h", 13, "n", 14, "k", "*", 15, 16, "neutral")
     assert "'k'" not in repr(server_config(args))

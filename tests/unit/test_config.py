@@ -24,6 +24,13 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return found
 
 
+def test_steps_overlap_on_a_gpu_unless_told(packages: set[str]) -> None:
+    assert resolve(EngineConfig(), _gpu((9, 0))).overlap is True
+    assert resolve(EngineConfig(overlap=False), _gpu((9, 0))).overlap is False
+    assert resolve(EngineConfig(device="cpu"), _gpu((9, 0))).overlap is False
+    assert resolve(EngineConfig(device="cpu", overlap=True), _gpu((9, 0))).overlap is True
+
+
 def test_fused_kernels_are_on_where_they_run(packages: set[str], caplog: pytest.LogCaptureFixture) -> None:
     assert resolve(EngineConfig(), _gpu((9, 0))).fused_kernels == "on"
     assert resolve(EngineConfig(fused_kernels="off"), _gpu((9, 0))).fused_kernels == "off"

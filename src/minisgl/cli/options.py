@@ -24,7 +24,7 @@ Config = TypeVar("Config", EngineConfig, ServerConfig)
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How a field of a configuration is written on the command line. A `switch` sets its field to the other value."""
+    """How a field of a configuration is written on the command line. A `switch` sets its field: --no-… to False."""
 
     flag: str
     help: str
@@ -32,6 +32,11 @@ class Option:
     choices: tuple[str, ...] | None = None
     switch: bool = False
     metavar: str | None = None
+
+    @property
+    def switched(self) -> bool:
+        """What a switch sets."""
+        return not self.flag.startswith("--no-")
 
 
 ENGINE_OPTIONS = {
@@ -117,7 +122,7 @@ def _add(group: Any, config: type[Config], options: dict[str, Option]) -> None:
         default = defaults[name]
         if option.switch:
             group.add_argument(
-                option.flag, dest=name, action="store_const", const=not default, default=default, help=option.help
+                option.flag, dest=name, action="store_const", const=option.switched, default=default, help=option.help
             )
             continue
         told = "" if default in (None, "auto") else f" (default: {default})"

@@ -32,8 +32,10 @@ def engine_arguments(config: EngineConfig) -> list[str]:
     words: list[str] = []
     for field in dataclasses.fields(config):
         value, option = getattr(config, field.name), ENGINE_OPTIONS[field.name]
-        if value != field.default:
-            words += [option.flag] if option.switch else [option.flag, str(value)]
+        if option.switch:
+            words += [option.flag] * (value is option.switched)
+        elif value != field.default:
+            words += [option.flag, str(value)]
     return words
 
 
