@@ -48,7 +48,8 @@ steps=(
     "step       -m minisgl profile step $step_of"
 )
 command -v ncu >/dev/null && steps+=('ncu        -m minisgl profile ncu')
-total=$((${#steps[@]} + 2)) done_steps=0 failed=() left_out=
+if $keep; then reports=2; else reports=1; fi
+total=$((${#steps[@]} + 1 + reports)) done_steps=0 failed=() left_out=
 
 bar() { # one line that redraws itself on a terminal, a line a step elsewhere
     local filled=$((done_steps * 30 / total)) line

@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
         "nvrtc": _nvrtc(),
         "nccl": _nccl(),
         "flashinfer": importlib.util.find_spec("flashinfer") is not None,
-        "tools": {name: shutil.which(name) for name in TOOLS},
+        "tools": {name: "installed" if shutil.which(name) else None for name in TOOLS},
         "no_cuda_reason": hardware.no_cuda_reason or None,
     }
     return facts | (gpu_facts() if hardware.cuda else {})

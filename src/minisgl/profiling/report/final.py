@@ -234,7 +234,7 @@ def _step_opportunities(record: Record | None) -> list[tuple[float, str, str, st
 
 
 def _ruled_opportunities(record: Record | None) -> list[tuple[float, str, str, str, str]]:
-    rows = [row for row in record.rows if row["case"] is None and row.get("low", 0.0) > 0.0] if record else []
+    rows = [row for row in record.rows if row["case"] is None and row.get("low", 0.0) > 0.01] if record else []
     return [
         (row["low"] / 10, f"{row['b']} instead of {row['a']}", measured(row), "small", f"ruling {row['claim']}")
         for row in rows
