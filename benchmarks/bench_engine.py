@@ -22,6 +22,7 @@ from common import HERE, append_line, environment, memory_bandwidth, spread
 
 from minisgl.config import EngineConfig
 from minisgl.engine.engine import Engine
+from minisgl.engine.graphs import batch_sizes
 from minisgl.profiling.floor import kv_bytes, step_bytes
 from minisgl.profiling.shapes import SHAPES, shape_folder
 from minisgl.profiling.skinny import Choices, install
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace, model: str) -> None:
         changed = install(engine.model, Choices.read(measured) if measured.is_file() else None)
         print(f"skinny_gemm in {changed} layers")
         if not args.no_cuda_graph and engine.runner.attention.capturable and engine.device.type == "cuda":
-            engine.runner.capture(max(args.batches))
+            engine.runner.capture(batch_sizes(max(args.batches)))
     device = engine.config.device
     bandwidth = memory_bandwidth(device)
     per_token = kv_bytes(engine)

@@ -27,6 +27,7 @@ cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export MINISGL_CACHE=${MINISGL_CACHE:-$out/cache} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$out/triton}
 first=start,offline,decode,breakdown,prefill,host
+workers=$("$python" -c 'import xdist' 2> /dev/null && echo "-n ${WORKERS:-6}")  # processes of pytest
 failed=0
 
 limited() {  # MINUTES COMMAND ...
@@ -61,8 +62,10 @@ run_step() {
         restart) bench 1 qwen3-0.6b start ;;
         rest) bench 3 qwen3-0.6b plain,sampling,mixed,eager ;;
         attention) [ -n "${DRY:-}" ] || limited 2 "$python" benchmarks/bench_attention.py --models qwen3-0.6b,qwen3-8b ;;
-        routes) pytests 6 tests/engine/test_routes.py -k fused ;;
-        tests) pytests 10 tests/attention tests/engine ;;
+        # shellcheck disable=SC2086  # workers is words
+        routes) pytests 6 tests/engine/test_routes.py -k fused $workers ;;
+        # shellcheck disable=SC2086
+        tests) pytests 10 tests/attention tests/engine $workers ;;
         *) echo "no such step: $1" && return 2 ;;
     esac
 }

@@ -3,7 +3,8 @@
 #
 #     benchmarks/gpu_kernels.sh OUT [STEP ...]
 #
-# Steps, in this order unless named: tests memcheck racecheck env kernels index store attention bench tune.
+# Steps, in this order unless named, with the minutes after which each is ended: tests (5), memcheck (4), racecheck (4),
+# env (1), kernels (2), index (3), store (3), attention (2), bench (3), tune (3).
 # PYTHON names the interpreter (default: .venv/bin/python, or python3), which must find minisgl. The steps go on after
 # one has failed; the exit code is 1 if any did. OUT gets a log a step, the records, the tuning table, and times.txt.
 set -u
@@ -16,7 +17,14 @@ python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 # not nccl: its memory isn't ours to check
 ours=index,store,store_norm,qkv_post,rmsnorm,add_rmsnorm,rope,silu_mul,sample,prepare,moe,skinny_gemm,skinny_gemm_add
+workers=$("$python" -c 'import xdist' 2> /dev/null && echo "-n ${WORKERS:-6}") # processes of pytest
 failed=0
+
+limited() { # MINUTES COMMAND ...
+    local minutes=$1
+    shift
+    timeout --kill-after=10 $((60 * minutes)) "$@"
+}
 
 # Every allocation by itself, so that a byte beyond a tensor is a byte beyond an allocation.
 sanitize() {
@@ -24,17 +32,20 @@ sanitize() {
         echo "skipped: compute-sanitizer isn't installed"
         return 0
     fi
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --error-exitcode 1 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 4 "$sanitizer" --tool "$1" --error-exitcode 1 \
         "$python" -m minisgl profile kernels --quick --kernels "$ours" --out "$out/$1"
 }
 
 run_step() {
     case $1 in
-        tests) "$python" -m pytest -q -m cuda tests/kernels -p no:cacheprovider ;;
+        # shellcheck disable=SC2086  # workers is words
+        tests) limited 5 "$python" -m pytest -q -m cuda tests/kernels -p no:cacheprovider $workers ;;
         memcheck | racecheck) sanitize "$1" ;;
-        env | kernels | index | store | attention) "$python" -m minisgl profile "$1" --out "$out" ;;
-        bench) "$python" benchmarks/bench_kernels.py --versions best ;;
-        tune) "$python" -m minisgl profile tune --output "$out/tuning.json" ;;
+        env) limited 1 "$python" -m minisgl profile env --out "$out" ;;
+        kernels | attention) limited 2 "$python" -m minisgl profile "$1" --out "$out" ;;
+        index | store) limited 3 "$python" -m minisgl profile "$1" --out "$out" ;;
+        bench) limited 3 "$python" benchmarks/bench_kernels.py --versions best ;;
+        tune) limited 3 "$python" -m minisgl profile tune --output "$out/tuning.json" ;;
         *) echo "no such step: $1" && return 2 ;;
     esac
 }

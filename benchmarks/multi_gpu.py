@@ -8,7 +8,7 @@ no time is left for is named. OUT gets a log for each, the records, results.json
 
     env      clocks, links between the GPUs, bandwidths           (minisgl profile env)
     comm     collectives by path and size, for each world         (minisgl profile comm)
-    tests    the communicator, then tensor-parallel models        (pytest -m cuda tests/distributed)
+    tests    the communicator, tensor-parallel models, their ranks (pytest -m cuda tests/distributed)
     step     one decode step at batch 64: how much communicates   (benchmarks/tp_step.py)
     offline  offline256 over 1, 2, 4 … GPUs                       (minisgl bench offline)
 """
@@ -65,6 +65,7 @@ def jobs(steps: Sequence[str], worlds: Sequence[int], out: Path) -> Iterator[Job
     table["tests"] = [
         Job("tests-comm", [*tests, "tests/distributed/test_comm_cuda.py"], 150),
         Job("tests-models", [*tests, "tests/distributed/test_models.py"], 120),
+        Job("tests-ranks", [*tests, "tests/distributed/test_ranks_cuda.py"], 120),
     ]
     step = [python, "benchmarks/tp_step.py", "--batch", "64", "--context", "512", "--save", results]
     for shape in SHAPES:
@@ -79,7 +80,8 @@ def jobs(steps: Sequence[str], worlds: Sequence[int], out: Path) -> Iterator[Job
 def run(job: Job, out: Path, limit_s: float) -> dict[str, Any]:
     """Runs `job`, its output in a log; what came of it."""
     began, log = time.monotonic(), out / f"{job.name}.log"
-    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    # an installed package, with its C++ extension, before the sources
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT / "src")]))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(

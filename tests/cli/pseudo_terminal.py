@@ -10,7 +10,9 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
-import pyte
+import pytest
+
+pyte = pytest.importorskip("pyte", reason="a terminal's screen, of the packages for development")
 
 COLUMNS, LINES = 100, 120  # high enough that nothing scrolls away
 TIMEOUT_S = 90

@@ -13,6 +13,7 @@ from minisgl.kernels.sample.filter import filter_logits, reference
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OFF = (0, 1.0, 0.0)
+EDGE = 1e-5  # what may lie at the edge of p: on a GPU exponentials of torch and of Triton differ in the last bits
 SETTINGS = [  # top_k, top_p, min_p
     OFF, (1, 1.0, 0.0), (5, 1.0, 0.0), (10_000, 1.0, 0.0), (0, 0.7, 0.0), (0, 0.999, 0.0), (0, 1e-6, 0.0),
     (0, 1.0, 0.2), (20, 0.9, 0.02), (3, 0.5, 0.9), (40, 0.3, 0.0), (0, 0.95, 0.05),
@@ -44,7 +45,15 @@ def _check(logits: Tensor, temperature: float, settings: list[tuple[int, float, 
     reference(expected, *params)
     _search(got, params)
     for (i, setting), x, y in zip(pairs, expected, got, strict=True):
-        assert torch.equal(x, y), (i, setting, int(x.isfinite().sum()), int(y.isfinite().sum()))
+        slack = EDGE if DEVICE.type == "cuda" and setting[1:] != OFF[1:] else 0.0
+        assert _same(x, y, temperature, slack), (i, setting, int(x.isfinite().sum()), int(y.isfinite().sum()))
+
+
+def _same(x: Tensor, y: Tensor, temperature: float, slack: float) -> bool:
+    """Whether the same tokens are left, but for some that together have at most `slack` of the probability."""
+    differ = x.isfinite() != y.isfinite()
+    share = (torch.maximum(x, y).double() / temperature).softmax(-1)
+    return torch.equal(x[~differ], y[~differ]) and float(share[differ].sum()) <= slack
 
 
 def _all(vocab: int, dtype: torch.dtype) -> None:

@@ -49,15 +49,16 @@ SMALL = (
 
 def arguments(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[Any, ...]:
     """x, logits (no two of a token alike), gate_up, down, out, top_k, normalise."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator(DEVICE).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return (torch.randn(size, generator=rng) * size[-1] ** -0.5).to(dtype).to(DEVICE)
+        return (torch.randn(size, generator=rng, device=DEVICE) * size[-1] ** -0.5).to(dtype)
 
-    order = torch.rand(1 if shape.spread == "one" else shape.tokens, shape.experts, generator=rng).argsort(-1)
-    logits = (order.expand(shape.tokens, -1) / shape.experts * 6 - 3).to(dtype).to(DEVICE)
+    rows = 1 if shape.spread == "one" else shape.tokens
+    order = torch.rand(rows, shape.experts, generator=rng, device=DEVICE).argsort(-1)
+    logits = (order.expand(shape.tokens, -1) / shape.experts * 6 - 3).to(dtype)
     weights = normal(shape.experts, 2 * shape.inner, shape.hidden), normal(shape.experts, shape.hidden, shape.inner)
-    x = torch.randn(shape.tokens, shape.hidden + 3, generator=rng).to(dtype).to(DEVICE)[:, : shape.hidden]
+    x = torch.randn(shape.tokens, shape.hidden + 3, generator=rng, device=DEVICE).to(dtype)[:, : shape.hidden]
     out = torch.full((shape.tokens, shape.hidden), torch.nan, dtype=dtype, device=DEVICE)
     return x, logits, *weights, out, shape.top_k, shape.normalise
 
