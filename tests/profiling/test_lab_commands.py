@@ -84,6 +84,24 @@ def test_kernels_fails_where_a_kernel_is_wrong(
     assert [row["ok"] for row in read(tmp_path / "kernels.json").rows] == [False, False]
 
 
+def test_kernels_goes_on_where_a_kernel_breaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    radix = catalogue.catalogue()["radix"]
+
+    def breaks(*_: object, **__: object) -> None:
+        raise RuntimeError("out of luck")
+
+    version = Version("broken", "cpu", lambda *_: None, radix.versions[0].prepare)
+    broken: KernelSpec = replace(radix, run=breaks, versions=(version,))
+    monkeypatch.setattr(catalogue, "catalogue", lambda: {"broken": broken, "radix": radix})
+    with pytest.raises(SystemExit, match="1"):
+        main(["profile", "kernels", "--quick", "--out", str(tmp_path)])
+    assert "RuntimeError: out of luck" in capsys.readouterr().err
+    verdicts = {row["version"]: row["ok"] for row in read(tmp_path / "kernels.json").rows}
+    assert verdicts.pop("broken") is False and verdicts and all(verdicts.values())
+
+
 def test_kernels_checks_those_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = profile("kernels", tmp_path, "--kernels", "radix")
     assert {row["kernel"] for row in record.rows} == {"radix"}

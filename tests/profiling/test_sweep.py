@@ -93,3 +93,18 @@ def test_jobs_sweep_configurations_at_one_width_only() -> None:
 )
 def test_variant_is_what_the_name_tells(name: str, form: str | None) -> None:
     assert variant(name) == form
+
+
+def test_measure_goes_on_where_a_variant_fails(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "detect", lambda: CPU)
+    spec, ceilings = registry()["index"], record.ceilings | {"cpu_gbps": 10.0, "cpu_tflops": 0.1, "launch_us": 1.0}
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no luck")
+
+    variants = [sweep.Variant("bad", fails), sweep.library(spec)]
+    rows = sweep.measure(spec, SHAPE, torch.float16, variants, ceilings, samples=1, failed=record.skip)
+    assert [row["version"] for row in rows] == ["copy", "torch"]
+    assert record.skipped == [{"what": "index bad", "why": "failed: no luck"}]
+    with pytest.raises(RuntimeError, match="no luck"):
+        list(sweep.measure(spec, SHAPE, torch.float16, variants, ceilings, samples=1))

@@ -16,6 +16,7 @@ from minisgl.profiling.clock import calls_us, spread
 from minisgl.profiling.record import Record
 from minisgl.profiling.replay import cold_copies, rotated_inputs
 from minisgl.profiling.roofline import Ceilings, Memory, floor, gbps
+from minisgl.types import KernelError
 
 WARM_COPIES = 8
 CPU_BYTES = 256 << 20  # of data in rotation, at most
@@ -100,8 +101,12 @@ def measure(
     ceilings: Ceilings,
     samples: int = 9,
     warm: bool = False,
+    failed: Callable[[str, str], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each variant, all over the same arguments, and first one for a plain copy of as many bytes."""
+    """A row for each variant, all over the same arguments, and first one for a plain copy of as many bytes.
+
+    A variant that raises is left out, and `failed(what, why)` is told; without it, the error goes on its way.
+    """
     copies = rotation(spec, shape, dtype, warm)
     on_gpu = detect().cuda is not None
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -124,7 +129,13 @@ def measure(
         calls: list[Callable[[], object]] = [partial(variant.call, *args) for args in inputs]
         if variant is copy:
             calls = plain_copies(num_bytes, copies, device)
-        us = spread(calls_us(calls, device.type, samples))
+        try:
+            us = spread(calls_us(calls, device.type, samples))
+        except (RuntimeError, KernelError) as error:
+            if failed is None:
+                raise
+            failed(f"{spec.name} {variant.name}", f"failed: {error}")
+            continue
         config = None if variant.config is None else asdict(variant.config)
         rates = {"gbps": gbps(num_bytes, us["median"]), "fraction": least.fraction(us["median"])}
         yield {**shared, "version": variant.name, "config": config, "us": us, **rates}

@@ -99,16 +99,19 @@ def _row(
         return None
     call = _interpreted(spec, version, dtype, case) if interpreted else _called(spec, version)
     device = torch.device("cuda" if on_gpu and version.kind != "cpu" else "cpu")
+    about = {"kernel": spec.name, "version": version.name, "kind": version.kind, "case": case}
+    about["dtype"] = str(dtype).removeprefix("torch.")
     try:
         outcome = verify(spec, call, case, dtype, device, seed, slack=2.0 if interpreted else 1.0)
     except Exception as error:
-        if not (isinstance(error, KernelError) and "doesn't fit" in str(error)) and not _interpreters(error):
-            raise
-        record.skip(f"{spec.name} {version.name}", str(error))
-        return None
-    about = {"kernel": spec.name, "version": version.name, "kind": version.kind, "case": case}
+        if (isinstance(error, KernelError) and "doesn't fit" in str(error)) or _interpreters(error):
+            record.skip(f"{spec.name} {version.name}", str(error))
+            return None
+        # one that breaks mustn't hide what the others are
+        problem = f"{type(error).__name__}: {error}"
+        return {**about, "error": None, "tolerance": spec.tolerance[dtype], "ok": False, "problem": problem}
     result = {"error": outcome.error, "tolerance": outcome.tolerance, "ok": outcome.ok, "problem": outcome.problem}
-    return {**about, "dtype": str(dtype).removeprefix("torch."), **result}
+    return {**about, **result}
 
 
 def _interpreters(error: Exception) -> bool:
@@ -137,6 +140,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[tuple[object, ...]]:
     lines: list[tuple[object, ...]] = []
     for key, group in groups.items():
         bad = sum(not row["ok"] for row in group)
-        error, tolerance = (max(row[name] for row in group) for name in ("error", "tolerance"))
+        error = max((row["error"] for row in group if row["error"] is not None), default=float("nan"))
+        tolerance = max(row["tolerance"] for row in group)
         lines.append((*key, len(group), f"{error:.2g}", f"{tolerance:.2g}", f"{bad} wrong" if bad else "right"))
     return lines
