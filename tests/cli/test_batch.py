@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -164,6 +165,8 @@ def test_several_prompts_are_answered_in_order(tiny_llm: LLM, capsys: pytest.Cap
     out, err = capsys.readouterr()
     assert out == "".join(text + "\n" for text in alone)
     assert [line for line in err.splitlines() if line.startswith("> ")] == ["> One", "> Two", "> Three"]
+    assert "first token after" not in err, "the later ones were there before they were printed"
+    assert re.search(r"3 answers, 18 output tokens in \d+\.\d\d s, \d+\.\d tokens/s in all", err)
     assert main(["generate", *texts, "--json", *options]) == 0
     assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == alone
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minisgl.cli import options
 from minisgl.cli.batch_input import Defaults
 from minisgl.cli.report import Report
 from minisgl.config import EngineConfig
 from minisgl.types import ConfigError, SamplingParams
-
-if TYPE_CHECKING:
-    pass
 
 HELP = "Answer prompts on the terminal, or a file of them."
 
@@ -64,15 +62,19 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace, config: EngineConfig, params: SamplingParams) -> None:
-    """Prints the answers in the order of the prompts, while the engine works on all of them."""
+    """Prints the answers in the order of the prompts, while the engine works on all of them.
+
+    Of several, a later one may long be there when its turn to be printed comes: they are timed together.
+    """
     from minisgl.llm import LLM
 
     llm = LLM(**{name: getattr(config, name) for name in options.ENGINE_OPTIONS})
+    began, num_tokens, several = time.perf_counter(), 0, len(args.prompts) > 1
     streams = [llm.stream(_prompt(prompt, args), params) for prompt in args.prompts]
     for prompt, stream in zip(args.prompts, streams, strict=True):
-        if len(streams) > 1 and not args.json:
+        if several and not args.json:
             print(f"> {prompt}", file=sys.stderr)
-        report = Report()
+        report = Report(timed=not several)
         for delta in stream:
             report.add(delta)
             if not args.json:
@@ -82,6 +84,11 @@ def _answer(args: argparse.Namespace, config: EngineConfig, params: SamplingPara
         else:
             print(flush=True)
             print(report.line(), file=sys.stderr)
+        num_tokens += report.last.num_output
+    if several and not args.json:
+        seconds = time.perf_counter() - began
+        total = f"{len(streams)} answers, {num_tokens} output tokens in {seconds:.2f} s"
+        print(f"{total}, {num_tokens / seconds:.1f} tokens/s in all", file=sys.stderr)
 
 
 def _prompt(prompt: str, args: argparse.Namespace) -> Any:

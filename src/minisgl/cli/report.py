@@ -9,18 +9,18 @@ from minisgl.types import TextDelta
 
 
 class Report:
-    """Collects the pieces of an answer. Times are seconds since this object was made."""
+    """Collects the pieces of an answer. Times are seconds since this object was made; none unless `timed`."""
 
-    def __init__(self) -> None:
+    def __init__(self, timed: bool = True) -> None:
         self.text = ""
         self.last = TextDelta("")  # the newest piece: counts so far, and in the end the reason of the end
         self.first: float | None = None  # when the first token came
         self.end = 0.0  # when the newest piece came
-        self._start = time.perf_counter()
+        self._timed, self._start = timed, time.perf_counter()
 
     def add(self, delta: TextDelta) -> None:
         self.end = time.perf_counter() - self._start
-        if self.first is None and delta.num_output:
+        if self._timed and self.first is None and delta.num_output:
             self.first = self.end
         self.text += delta.text
         self.last = delta
