@@ -17,7 +17,7 @@ BLOCK = 64
 
 @triton.jit(do_not_specialize=["count", "table_stride", "dummy"])
 def _prepare(
-    words, count, table, table_stride, lengths, last_token, params, dummy, ids, positions, lens, slots, out_params,
+    words, count, table, table_stride, lengths, last_token, row_params, dummy, ids, positions, lens, slots, out_params,
     output_index, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -35,10 +35,10 @@ def _prepare(
     tl.store(slots + i, page.to(tl.int64) * PAGE + position % PAGE, mask=live)
     tl.store(ids + i, tl.load(last_token + row, mask=live), mask=live)
     tl.store(lengths + row, position + 1, mask=live & (row != dummy))
-    prompt = tl.load(params + row * 8 + 6, mask=live, other=0)
+    prompt = tl.load(row_params + row * 8 + 6, mask=live, other=0)
     tl.store(output_index + i, position + 1 - prompt, mask=live)
     word = tl.arange(0, 8)[None, :]
-    all_words = tl.load(params + row[:, None] * 8 + word, mask=live[:, None])
+    all_words = tl.load(row_params + row[:, None] * 8 + word, mask=live[:, None])
     tl.store(out_params + i[:, None] * 8 + word, all_words, mask=live[:, None])
 
 
