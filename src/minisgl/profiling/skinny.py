@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from minisgl.attention import ForwardBatch
 from minisgl.kernels.silu_mul.op import silu_mul
 from minisgl.kernels.skinny_gemm import ladder
+from minisgl.kernels.spec import registry
 from minisgl.kernels.tuning import Config
 from minisgl.models import CausalLM
 from minisgl.models.build import Weight
@@ -63,6 +64,7 @@ def install(model: CausalLM, choices: Choices | None = None) -> int:
 
     Left as they are: layers with biases, experts or packed weights, and all of a model that is split over ranks.
     """
+    registry()  # loads the laboratory's kernels, this one among them
     layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
     fit = [layer for layer in layers if _fits(layer)]
     for layer in fit:
