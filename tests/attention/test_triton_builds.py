@@ -59,8 +59,8 @@ def build(kernel: str, capability: int, dtype: str, dim: int) -> int:
     element = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     constants: dict[str, Any] = {"KV_HEADS": 8, "GROUP": 2, "DIM": dim, "DIM_PAD": dim_pad, "PAGE": 16}
     if kernel == "decode":
-        function, tile = triton_decode._decode, decode_tile(dim_pad, element, split=True)
-        constants |= {"ROWS": 16, "SPLIT": True, "PDL": capability >= 90}
+        function, tile = triton_decode._decode, decode_tile(dim_pad, element)
+        constants |= {"ROWS": 16, "PDL": capability >= 90}
         if dtype == "fp16":
             constants["table_rows"] = None  # of eager steps
     else:
@@ -70,7 +70,7 @@ def build(kernel: str, capability: int, dtype: str, dim: int) -> int:
     if cache == dtype:
         constants |= {"k_scale": None, "v_scale": None}
     tensors = dict.fromkeys(("q", "out"), f"*{dtype}") | dict.fromkeys(("keys", "values"), f"*{cache}")
-    tensors |= dict.fromkeys(("table", "table_rows", "lens", "starts"), "*i32") | dict.fromkeys(
+    tensors |= dict.fromkeys(("table", "table_rows", "lens", "starts", "ends", "first", "arrived"), "*i32") | dict.fromkeys(
         ("part_out", "part_lse", "k_scale", "v_scale"), "*fp32"
     )
     names = function.arg_names
