@@ -70,9 +70,9 @@ def build(kernel: str, capability: int, dtype: str, dim: int) -> int:
     if cache == dtype:
         constants |= {"k_scale": None, "v_scale": None}
     tensors = dict.fromkeys(("q", "out"), f"*{dtype}") | dict.fromkeys(("keys", "values"), f"*{cache}")
-    tensors |= dict.fromkeys(("table", "table_rows", "lens", "starts", "ends", "first", "arrived"), "*i32") | dict.fromkeys(
-        ("part_out", "part_lse", "k_scale", "v_scale"), "*fp32"
-    )
+    tensors |= dict.fromkeys(
+        ("table", "table_rows", "lens", "starts", "ends", "first", "arrived"), "*i32"
+    ) | dict.fromkeys(("part_out", "part_lse", "k_scale", "v_scale"), "*fp32")
     names = function.arg_names
     tensors = {name: type for name, type in tensors.items() if name not in constants}
     types = tensors | {"scale": "fp32"} | dict.fromkeys(constants, "constexpr")

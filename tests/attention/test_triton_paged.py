@@ -131,9 +131,7 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float(difference.max())
 
 
-def check(
-    g: Geometry, lens: list[int], counts: list[int], window: int | None, runs: int | None, seed: int = 0
-) -> None:
+def check(g: Geometry, lens: list[int], counts: list[int], window: int | None, runs: int | None, seed: int = 0) -> None:
     batch = make_batch(g, lens, counts, seed, TritonPaged(runs))
     q, scale = make_queries(g, sum(counts), seed), g.dim**-0.5
     batch.attention.prepare(batch)
@@ -164,9 +162,7 @@ SMALL = (
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the tests marked cuda do more")
-@pytest.mark.parametrize(
-    ("window", "runs"), [(None, ONE), (None, MANY), (1, None), (20, 3), (1000, None)]
-)
+@pytest.mark.parametrize(("window", "runs"), [(None, ONE), (None, MANY), (1, None), (20, 3), (1000, None)])
 @pytest.mark.parametrize("mix", MIXES)
 def test_triton_interpreted_equals_reference(mix: str, window: int | None, runs: int | None) -> None:
     for seed, geometry in enumerate(SMALL[:2]):
