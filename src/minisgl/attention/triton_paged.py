@@ -106,4 +106,5 @@ def programs(tile: Tile, dim: int, element_bytes: int, device: torch.device) -> 
         return PROGRAMS_UNKNOWN
     gpu = torch.cuda.get_device_properties(device)
     each = 2 * tile.tokens * triton.next_power_of_2(dim) * element_bytes * tile.stages
-    return gpu.multi_processor_count * max(1, min(gpu.shared_memory_per_multiprocessor // each, MOST_RESIDENT))
+    resident = max(1, min(gpu.shared_memory_per_multiprocessor // each, MOST_RESIDENT))
+    return int(gpu.multi_processor_count * resident)
