@@ -22,9 +22,10 @@ from torch import Tensor
 
 from minisgl.attention import ForwardBatch, make_attention
 from minisgl.cache.pool import FP8, KVPool
-from minisgl.models import CausalLM, load_model
+from minisgl.models.decoder import CausalLM
 from minisgl.models.hub import resolve_model
 from minisgl.models.kv_scales import kv_scales
+from minisgl.models.registry import load_model
 from minisgl.text import load_text
 
 PAGE = 16

@@ -29,7 +29,7 @@ from minisgl.config import EngineConfig
 from minisgl.engine.engine import Engine
 from minisgl.engine.ledger import PageLedger
 from minisgl.engine.runner import ModelRunner
-from minisgl.models.spans import add_spans
+from minisgl.profiling.decoder_marks import watch_operators
 from minisgl.profiling.spans import Recorder
 from minisgl.profiling.statistics import gain_of, interleave
 from minisgl.timing import set_span_hook, span
@@ -126,7 +126,7 @@ def measure(engine: Engine, rounds: int) -> dict[str, list[float]]:
     def recording() -> float:
         recorder = Recorder("engine")
         set_span_hook(recorder.span)
-        remove = add_spans(engine.model, engine.runner.attention, recorder.mark)
+        remove = watch_operators(engine.model, engine.runner.attention, recorder.mark)
         try:
             return sample(engine, loop_with_spans)
         finally:

@@ -14,7 +14,7 @@ from test_graphs import Uncaptured
 from tiny import greedy, make_checkpoint
 
 from minisgl.engine.graphs import batch_sizes
-from minisgl.models import load_model
+from minisgl.models.registry import load_model
 
 pytest.importorskip("triton")
 

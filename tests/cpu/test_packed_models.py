@@ -17,7 +17,8 @@ from minisgl.attention import make_attention
 from minisgl.config import EngineConfig, resolve
 from minisgl.engine.engine import Engine
 from minisgl.hardware import CudaDevice, Hardware
-from minisgl.models import CausalLM, load_model
+from minisgl.models.decoder import CausalLM
+from minisgl.models.registry import load_model
 from minisgl.types import ConfigError, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("threads")

@@ -16,8 +16,8 @@ from gguf_files import BACK, Tensors, to_pairs, write
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minisgl.models import load_model
 from minisgl.models.build import model_places
+from minisgl.models.registry import load_model
 
 VOCAB = 131
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}

@@ -21,7 +21,7 @@ from minisgl.engine.sampler import RowState, sample
 from minisgl.engine.state import RowParams, param_words
 from minisgl.kernels import cpu
 from minisgl.messages import TokenOutput
-from minisgl.models import load_model
+from minisgl.models.registry import load_model
 from minisgl.models.sharding import VocabRange
 from minisgl.types import Request, SamplingParams, TokenLogprob
 

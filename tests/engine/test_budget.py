@@ -18,7 +18,7 @@ from minisgl.cache.pool import KVPool
 from minisgl.config import EngineConfig
 from minisgl.engine.budget import Budget, explained, largest_prefill
 from minisgl.engine.memory import choose_num_pages
-from minisgl.models import load_model
+from minisgl.models.registry import load_model
 from minisgl.types import ConfigError
 
 GB = 10**9

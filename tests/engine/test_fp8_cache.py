@@ -17,8 +17,8 @@ from minisgl.cache.pool import FP8, FP8_MAX, KVPool
 from minisgl.config import EngineConfig, resolve
 from minisgl.engine.memory import choose_num_pages
 from minisgl.hardware import CudaDevice, detect
-from minisgl.models import load_model
 from minisgl.models.kv_scales import TYPICAL, kv_scales
+from minisgl.models.registry import load_model
 from minisgl.types import ConfigError
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 from minisgl.attention import make_attention
 from minisgl.attention.base import AttentionBackend, ForwardBatch
 from minisgl.cache.pool import KVPool
-from minisgl.models import CausalLM
+from minisgl.models.decoder import CausalLM
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from minisgl.models import ModelConfig
+from minisgl.models.config import ModelConfig
 from minisgl.models.registry import read_config
 from minisgl.models.rotary import scaled_frequencies
 from minisgl.types import ModelError

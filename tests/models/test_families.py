@@ -12,7 +12,8 @@ import torch
 from loop import Loop
 from tiny import FAMILIES, greedy
 
-from minisgl.models import CausalLM, load_model
+from minisgl.models.decoder import CausalLM
+from minisgl.models.registry import load_model
 
 CPU = torch.device("cpu")
 Checkpoint = Callable[[str], tuple[Path, Any]]

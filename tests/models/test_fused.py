@@ -21,10 +21,10 @@ from tiny import FAMILIES
 from minisgl.cache.pool import FP8, KVPool
 from minisgl.distributed import TPGroup
 from minisgl.kernels.spec import registry
-from minisgl.models import CausalLM, load_model
 from minisgl.models.build import Build, heads_fit
+from minisgl.models.decoder import CausalLM
 from minisgl.models.layers import VocabTable
-from minisgl.models.registry import read_config
+from minisgl.models.registry import load_model, read_config
 from minisgl.types import KernelError
 
 Checkpoint = Callable[[str], tuple[Path, Any]]

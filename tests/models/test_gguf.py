@@ -13,7 +13,8 @@ import torch
 from gguf_files import Tensors, metadata, to_gguf, write
 from loop import Loop
 
-from minisgl.models import CausalLM, load_model
+from minisgl.models.decoder import CausalLM
+from minisgl.models.registry import load_model
 from minisgl.types import ModelError
 
 Checkpoint = Callable[[str], tuple[Path, Any]]

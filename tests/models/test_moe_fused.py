@@ -13,8 +13,9 @@ from loop import Loop
 from tiny import greedy
 
 from minisgl.kernels.moe import op
-from minisgl.models import CausalLM, load_model
+from minisgl.models.decoder import CausalLM
 from minisgl.models.qwen3_moe import MixtureOfExperts
+from minisgl.models.registry import load_model
 
 pytest.importorskip("triton")
 

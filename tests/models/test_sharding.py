@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisgl.distributed import TPGroup
-from minisgl.models import CausalLM, gguf, load_model, weights
+from minisgl.models import gguf, weights
 from minisgl.models.build import model_places
 from minisgl.models.config import ModelConfig, MoEConfig
-from minisgl.models.registry import read_config
+from minisgl.models.decoder import CausalLM
+from minisgl.models.registry import load_model, read_config
 from minisgl.models.sharding import VocabRange, allowed_tp_sizes, check_tp_size
 from minisgl.types import ConfigError
 
@@ -250,7 +251,7 @@ MEASURE = """
 import re, sys, torch
 from pathlib import Path
 from minisgl.distributed import TPGroup
-from minisgl.models import load_model
+from minisgl.models.registry import load_model
 torch.ones(64, 64) @ torch.ones(64, 64)
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 before = peak()

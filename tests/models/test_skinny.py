@@ -15,7 +15,7 @@ from torch import Tensor
 from minisgl.kernels.skinny_gemm import ladder
 from minisgl.kernels.skinny_gemm.cases import reference
 from minisgl.kernels.tuning import Config
-from minisgl.models import load_model
+from minisgl.models.registry import load_model
 from minisgl.profiling.skinny import DEFAULT, Choices, install
 
 Checkpoint = Callable[[str], tuple[Path, Any]]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from loop import Loop
 
-from minisgl.models import load_model
+from minisgl.models.registry import load_model
 
 PROMPT = [1, 4093, 198, 504, 3575, 282, 4649, 314, 2, 198, 1, 520, 9531, 198]
 

@@ -14,6 +14,7 @@ from harness import Driver
 
 from minisgl.kernels import cpu
 from minisgl.models.spans import add_spans
+from minisgl.profiling.decoder_marks import watch_operators
 from minisgl.timing import set_span_hook, span, use_nvtx
 from minisgl.types import ConfigError
 
@@ -93,7 +94,7 @@ def test_operators_inside_the_cpp_decoder_are_marked_in_order(checkpoint) -> Non
     driver = Driver(checkpoint("qwen3")[0], attention="cpu", overlap=False)
     plain = driver.ask(PROMPT).tokens
     model, marks = driver.engine.model, []
-    remove = add_spans(model, driver.engine.runner.attention, lambda *mark: marks.append(mark))
+    remove = watch_operators(model, driver.engine.runner.attention, lambda *mark: marks.append(mark))
     began = time.perf_counter_ns()
     id = driver.add(PROMPT)
     driver.step()

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
 from torch import Tensor
 
-from minisgl.models import CausalLM, load_model
 from minisgl.models.build import model_places
+from minisgl.models.decoder import CausalLM
+from minisgl.models.registry import load_model
 from minisgl.types import ModelError
 
 Checkpoint = Callable[[str], tuple[Path, Any]]
@@ -147,7 +148,7 @@ def test_dummy_weights_need_only_a_configuration(folder: Path) -> None:
 MEASURE = """
 import re, sys, torch
 from pathlib import Path
-from minisgl.models import load_model
+from minisgl.models.registry import load_model
 torch.ones(64, 64) @ torch.ones(64, 64)
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 before = peak()

@@ -15,7 +15,7 @@ from loop import Loop
 from torch import Tensor
 
 from minisgl.distributed import TPGroup
-from minisgl.models import load_model
+from minisgl.models.registry import load_model
 
 Checkpoint = Callable[[str], tuple[Path, Any]]
 LIMIT_S = 120

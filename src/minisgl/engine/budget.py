@@ -14,7 +14,7 @@ from minisgl.cache.pool import KVPool
 from minisgl.config import EngineConfig
 from minisgl.engine.graphs import DecodeGraphs
 from minisgl.engine.state import DeviceRows
-from minisgl.models import CausalLM
+from minisgl.models.decoder import CausalLM
 from minisgl.types import ConfigError
 
 

@@ -22,9 +22,9 @@ from minisgl.engine.runner import ModelRunner, StepHandle, StepResult
 from minisgl.engine.scheduler import Scheduler
 from minisgl.hardware import detect
 from minisgl.messages import EngineStats, TokenOutput
-from minisgl.models import load_model
 from minisgl.models.hub import resolve_model
 from minisgl.models.kv_scales import kv_scales
+from minisgl.models.registry import load_model
 from minisgl.models.spans import add_spans
 from minisgl.timing import span, use_nvtx
 from minisgl.types import ConfigError, FinishReason, ModelError, Request, RequestError, SamplingParams

@@ -22,7 +22,7 @@ from minisgl.cache.pool import KVPool
 from minisgl.engine.sampler import Way, filter_rows, gumbel_argmax
 from minisgl.engine.state import DeviceRows, RowParams, Uploader
 from minisgl.kernels.prepare.op import NEVER, DecodeInputs, prepare
-from minisgl.models import CausalLM
+from minisgl.models.decoder import CausalLM
 from minisgl.types import Request
 
 

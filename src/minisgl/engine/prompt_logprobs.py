@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minisgl.engine.scheduler import ScheduledBatch
 from minisgl.engine.vocab_parallel import token_logprobs
-from minisgl.models import CausalLM
+from minisgl.models.decoder import CausalLM
 from minisgl.types import Request, TokenLogprob
 
 CHUNK = 256  # rows whose logits exist at the same time

@@ -19,7 +19,7 @@ from minisgl.engine.prompt_logprobs import prompt_rows, read_prompts
 from minisgl.engine.sampler import RowState, SampledTokens, Way, sample
 from minisgl.engine.scheduler import ScheduledBatch
 from minisgl.engine.state import DeviceRows, RowParams, Uploader, param_words
-from minisgl.models import CausalLM
+from minisgl.models.decoder import CausalLM
 from minisgl.timing import span
 from minisgl.types import Request, TokenLogprob
 

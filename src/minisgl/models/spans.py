@@ -9,17 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from minisgl.attention.base import AttentionBackend, ForwardBatch
+from minisgl.attention.base import AttentionBackend
 from minisgl.timing import span
 
 if TYPE_CHECKING:
-    from minisgl.models.cpu import PackedStack
     from minisgl.models.decoder import CausalLM
-
-Mark = Callable[[str, int, int], None]  # name, start and end in nanoseconds of time.perf_counter_ns
 
 # Operators of a layer: the object's place in it, its method, the span's name. Absent ones are passed over, so that
 # a name may have several places.
@@ -41,17 +35,12 @@ _MODEL = (
     ("norm", "forward", "rmsnorm"),
     ("lm_head", "logits", "lm head"),
 )
-_MOST_KEPT = 1000  # steps
-# What the C++ decoder marks, in order (csrc/cpu/decoder.cpp).
-_MARKED = ("rmsnorm", "qkv", "rope+store", "attention", "o", "rmsnorm", "gate/up", "silu*mul", "down")
 
 
-def add_spans(model: CausalLM, attention: AttentionBackend, mark: Mark | None = None) -> Callable[[], None]:
+def add_spans(model: CausalLM, attention: AttentionBackend) -> Callable[[], None]:
     """Puts `timing.span` around each operator of `model` and around `attention`; each layer's lie within `layer N`.
 
-    Args:
-        mark: told the operators inside the C++ decoder, which has no spans, at the end or before. None: they stay
-            unseen.
+    What lies inside the C++ decoder stays unseen; `profiling.decoder_marks` shows that too.
 
     Returns:
         What takes the spans off again.
@@ -67,8 +56,6 @@ def add_spans(model: CausalLM, attention: AttentionBackend, mark: Mark | None = 
     undo += _wrap(attention, "", "forward", "attention")
     if model.stack is not None:
         undo += _wrap(model.stack, "", "hidden", "layers")
-        if mark is not None:
-            undo.append(_mark_stack(model.stack, mark))
 
     def remove() -> None:
         while undo:
@@ -98,43 +85,3 @@ def replace_method(owner: Any, method: str, by: Callable[..., Any]) -> Callable[
     before = vars(owner).get(method)  # None: that of its class
     setattr(owner, method, by)
     return lambda: delattr(owner, method) if before is None else setattr(owner, method, before)
-
-
-def _mark_stack(stack: PackedStack, mark: Mark) -> Callable[[], None]:
-    """Has the C++ decoder note when each operator ends; handed on later, since that takes longer than some steps."""
-    inner, num_layers = stack.hidden, len(stack.model.layers)
-    marks = stack.marks = torch.zeros(len(_MARKED) * num_layers + 3, dtype=torch.int64)
-
-    kept: list[Tensor] = []
-
-    def hidden(batch: ForwardBatch) -> Tensor:
-        out = inner(batch)
-        kept.append(marks.clone())
-        if len(kept) == _MOST_KEPT:
-            hand_on()
-        return out
-
-    def hand_on() -> None:
-        for step in kept:
-            _tell(step.tolist(), num_layers, mark)
-        kept.clear()
-
-    restore = replace_method(stack, "hidden", hidden)
-
-    def remove() -> None:
-        stack.marks = None
-        restore()
-        hand_on()
-
-    return remove
-
-
-def _tell(times: list[int], num_layers: int, mark: Mark) -> None:
-    """Hands on the marks of one step."""
-    mark("embedding", times[0], times[1])
-    for i in range(num_layers):
-        first = 1 + i * len(_MARKED)
-        mark(f"layer {i}", times[first], times[first + len(_MARKED)])
-        for place, name in enumerate(_MARKED, first):
-            mark(name, times[place], times[place + 1])
-    mark("rmsnorm", times[-2], times[-1])

@@ -20,8 +20,9 @@ from minisgl.engine.engine import Engine
 from minisgl.engine.runner import StepHandle
 from minisgl.engine.scheduler import ScheduledBatch
 from minisgl.messages import Profiled
-from minisgl.models.spans import add_spans, replace_method
+from minisgl.models.spans import replace_method
 from minisgl.profiling import kineto
+from minisgl.profiling.decoder_marks import watch_operators
 from minisgl.profiling.spans import Recorder, Span, write_trace
 from minisgl.timing import set_span_hook, span
 
@@ -45,7 +46,7 @@ class EngineCapture:
             self._start_torch()
         before = set_span_hook(_both(recorder) if on_gpu else recorder.span)
         self._undo.append(lambda: set_span_hook(before))
-        self._undo.append(add_spans(self.engine.model, self.engine.runner.attention, recorder.mark))
+        self._undo.append(watch_operators(self.engine.model, self.engine.runner.attention, recorder.mark))
         self._undo.append(_name_steps(self.engine))
 
     def stop(self) -> tuple[list[Span], int]:

@@ -21,9 +21,8 @@ from minisgl.kernels.silu_mul.op import silu_mul
 from minisgl.kernels.skinny_gemm import ladder
 from minisgl.kernels.spec import registry
 from minisgl.kernels.tuning import Config
-from minisgl.models import CausalLM
 from minisgl.models.build import Weight
-from minisgl.models.decoder import DecoderLayer
+from minisgl.models.decoder import CausalLM, DecoderLayer
 from minisgl.models.layers import MLP, Attention, RMSNorm
 from minisgl.models.rotary import Rotation
 
