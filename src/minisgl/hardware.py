@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,36 +35,26 @@ class Hardware:
     num_gpus: int = 0  # that torch sees; `cuda` is the first of them
 
 
-def _cpu_name() -> str:
+def read_text(path: str) -> str:
+    """What a file of the system says; empty where it can't be read."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            for line in f:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+        return Path(path).read_text(encoding="utf-8").strip()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return ""
+
+
+def _cpu_name() -> str:
+    named = re.search(r"^model name\s*:(.*)", read_text("/proc/cpuinfo"), re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def available_memory() -> int:
     """Bytes that this process may still take without swapping, its cgroup's limit included; 0 if unknown."""
-    available = 0
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as f:
-            for line in f:
-                if line.startswith("MemAvailable:"):
-                    available = int(line.split()[1]) * 1024
-    except OSError:
-        return 0
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="utf-8") as f:
-            limit = f.read().strip()
-        with open("/sys/fs/cgroup/memory.current", encoding="utf-8") as f:
-            used = int(f.read())
-        if limit != "max":
-            available = min(available, max(int(limit) - used, 0))
-    except (OSError, ValueError):
-        pass
+    told = re.search(r"^MemAvailable:\s*(\d+) kB", read_text("/proc/meminfo"), re.MULTILINE)
+    available = int(told[1]) * 1024 if told else 0
+    limit, used = (read_text(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.isdecimal() and used.isdecimal():  # without a limit it says "max"
+        available = min(available, max(int(limit) - int(used), 0))
     return available
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -22,6 +21,7 @@ from minisgl.distributed.paths import Machine
 from minisgl.distributed.probe import agreed_table, measure
 from minisgl.distributed.symmetric import SymmetricBuffer
 from minisgl.distributed.torch_comm import TorchCommunicator, broadcast_bytes, gather_bytes
+from minisgl.hardware import read_text
 
 WINDOW_BYTES = 64 << 20
 SYMMETRIC_BYTES = 16 << 20
@@ -180,10 +180,7 @@ def identity(device: torch.device) -> str:
 
 def driver_version() -> str:
     """Of the NVIDIA kernel module; '' where it doesn't say."""
-    try:
-        return Path("/sys/module/nvidia/version").read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
+    return read_text("/sys/module/nvidia/version")
 
 
 def nccl_version() -> str:

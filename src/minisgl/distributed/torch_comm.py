@@ -93,14 +93,7 @@ class TorchCommunicator:
 
 def broadcast_bytes(comm: TorchCommunicator, data: bytes) -> bytes:
     """Rank 0's `data` on every rank."""
-    length = torch.tensor([len(data)])
-    comm.broadcast(length, 0)
-    buffer = torch.zeros(int(length), dtype=torch.uint8)
-    if len(data) == len(buffer) > 0:
-        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    if len(buffer):
-        comm.broadcast(buffer, 0)
-    return buffer.numpy().tobytes()
+    return gather_bytes(comm, data)[0]
 
 
 def gather_bytes(comm: TorchCommunicator, data: bytes) -> list[bytes]:

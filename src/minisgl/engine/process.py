@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import importlib
 import logging
 import multiprocessing
 import os
+import pkgutil
 import signal
 import sys
-from array import array
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import zmq
 
@@ -26,7 +25,10 @@ from minisgl import messages
 from minisgl.config import EngineConfig
 from minisgl.engine.children import PrivateFolder, exit_text, ignore_sigint
 from minisgl.timing import span
-from minisgl.types import FinishReason, MinisglError, RequestError, SamplingParams
+from minisgl.types import FinishReason, MinisglError, RequestError
+
+if TYPE_CHECKING:
+    from minisgl.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -34,27 +36,6 @@ ENGINE = "minisgl.engine.lead:make_engine"  # named, not imported, so that the p
 PARENT_CHECK_MS = 1000
 LINGER_MS = 1000  # for the last message of an engine that failed
 _PR_SET_PDEATHSIG = 1
-
-
-class EngineLike(Protocol):
-    """What the step loop asks of an engine."""
-
-    max_total_tokens: int
-    vocab_size: int
-    config: EngineConfig  # resolved
-
-    @property
-    def has_work(self) -> bool: ...
-    def add(self, request_id: str, prompt: array[int], params: SamplingParams, priority: int = 0) -> None: ...
-    def finish(self, request_id: str) -> None: ...
-    def abort(self, request_id: str) -> None: ...
-    def step(self) -> list[messages.TokenOutput]: ...
-    def stats(self) -> messages.EngineStats: ...
-    def close(self) -> None: ...
-
-
-class _ParentGoneError(Exception):
-    pass
 
 
 def engine_main(config: EngineConfig, commands: str, outputs: str, parent_pid: int, engine: str = ENGINE) -> None:
@@ -65,12 +46,13 @@ def engine_main(config: EngineConfig, commands: str, outputs: str, parent_pid: i
         commands: address to bind; `ToEngine` messages come in there.
         outputs: address to connect to; `FromEngine` messages go there.
         parent_pid: the process to die with.
-        engine: `module:attribute` of a callable that makes an `EngineLike` from the configuration.
+        engine: `module:attribute` of a callable that makes an engine from the configuration: an `Engine`,
+            or what has its public methods and attributes.
     """
     _die_with_parent(parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     context = zmq.Context()
-    code = 0
+    code = 1
     try:
         receiver, sender = context.socket(zmq.PULL), context.socket(zmq.PUSH)
         for socket in (receiver, sender):
@@ -78,17 +60,15 @@ def engine_main(config: EngineConfig, commands: str, outputs: str, parent_pid: i
         receiver.bind(commands)
         sender.connect(outputs)
         try:
-            with contextlib.closing(_make_engine(engine, config)) as made:
+            with contextlib.closing(pkgutil.resolve_name(engine)(config)) as made:
                 _run(made, receiver, sender, parent_pid)
-        except MinisglError as error:
-            code = 1
-            sender.send(messages.encode(messages.EngineFailed(str(error))))
-        except _ParentGoneError:
-            code = 1
+            code = 0
         except Exception as error:
-            code = 1
-            logger.exception("the engine can't go on")
-            sender.send(messages.encode(messages.EngineFailed(f"the engine failed: {type(error).__name__}: {error}")))
+            text = str(error)
+            if not isinstance(error, MinisglError):
+                logger.exception("the engine can't go on")
+                text = f"the engine failed: {type(error).__name__}: {error}"
+            sender.send(messages.encode(messages.EngineFailed(text)))
     finally:
         context.destroy(linger=LINGER_MS)
     sys.exit(code)
@@ -103,13 +83,7 @@ def _die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
-def _make_engine(name: str, config: EngineConfig) -> EngineLike:
-    module, _, attribute = name.partition(":")
-    engine: EngineLike = getattr(importlib.import_module(module), attribute)(config)
-    return engine
-
-
-def _run(engine: EngineLike, commands: zmq.Socket[bytes], outputs: zmq.Socket[bytes], parent_pid: int) -> None:
+def _run(engine: Engine, commands: zmq.Socket[bytes], outputs: zmq.Socket[bytes], parent_pid: int) -> None:
     """Steps until `Shutdown`; blocks on the socket while there is nothing to compute."""
     # A service manager may send SIGTERM to every process of the service. From here on the parent decides:
     # it drains, then sends Shutdown. Until here, while the model loads, SIGTERM ends the process.
@@ -139,11 +113,11 @@ def _run(engine: EngineLike, commands: zmq.Socket[bytes], outputs: zmq.Socket[by
                 outputs.send(messages.encode(messages.StepOutputs(results, stats)))
 
 
-def _wait(engine: EngineLike, commands: zmq.Socket[bytes], parent_pid: int) -> None:
+def _wait(engine: Engine, commands: zmq.Socket[bytes], parent_pid: int) -> None:
     """Until a command comes, or the engine has something to say: that a rank has died."""
     while not commands.poll(PARENT_CHECK_MS) and not engine.has_work:
         if os.getppid() != parent_pid:  # where the kernel doesn't tell us
-            raise _ParentGoneError
+            sys.exit(1)
 
 
 def _drain(commands: zmq.Socket[bytes]) -> list[messages.Command] | None:
@@ -159,7 +133,7 @@ def _drain(commands: zmq.Socket[bytes]) -> list[messages.Command] | None:
         received += message.commands
 
 
-def apply(engine: EngineLike, command: messages.Command) -> messages.TokenOutput | None:
+def apply(engine: Engine, command: messages.Command) -> messages.TokenOutput | None:
     """Hands `command` to the engine; a request that it refuses comes back as its terminal output."""
     match command:
         case messages.AddRequest():
@@ -174,7 +148,7 @@ def apply(engine: EngineLike, command: messages.Command) -> messages.TokenOutput
     return None
 
 
-def _profile(engine: EngineLike, command: messages.Profile) -> messages.Profiled:
+def _profile(engine: Engine, command: messages.Profile) -> messages.Profiled:
     """Starts or ends a capture, by an engine that was made for it (see `profiling.served`)."""
     capture: Callable[[str | None], messages.Profiled] | None = getattr(engine, "profile", None)
     if capture is None:
