@@ -53,7 +53,7 @@ class EmptyGraphs(DecodeGraphs):
     def _capture(self, step: DecodeStep, memory: Any) -> tuple[Captured, Any]:
         graph: Any = Nothing()
         step.tokens.fill_(100)
-        return Captured(step, graph, dict.fromkeys(self.ways, graph), torch.empty(step.size, 0)), None
+        return Captured(step, graph, graph, torch.empty(step.size, 0)), None
 
 
 def make_engine(batch: int) -> Engine:

@@ -3,6 +3,10 @@ a GPU."""
 
 from __future__ import annotations
 
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +19,7 @@ from tiny import greedy, make_checkpoint
 from torch import Tensor
 
 from minisgl.attention import AttentionBackend, ForwardBatch
-from minisgl.engine.graphs import DecodeGraphs, DecodeStep, batch_sizes
+from minisgl.engine.graphs import DecodeGraphs, DecodeStep, batch_sizes, collector_off
 from minisgl.engine.sampler import Way
 
 PROMPTS = [[(7 * i + 3 * k) % 60 + 2 for i in range(5 + 11 * k)] for k in range(5)]
@@ -61,10 +65,10 @@ class Uncaptured(DecodeGraphs):
     def _capture(self, step: DecodeStep, memory: Any) -> Any:
         from minisgl.engine.graphs import Captured
 
-        logits = step.forward()
-        forward: Any = Replayed(lambda: logits.copy_(step.forward()))
-        samplers: Any = {way: Replayed(partial(step.sample, logits, way is Way.FILTERED)) for way in self.ways}
-        return Captured(step, forward, samplers, logits), None
+        logits = step.run()
+        plain: Any = Replayed(lambda: logits.copy_(step.run()))
+        filtered: Any = Replayed(partial(step.sample, logits, True))
+        return Captured(step, plain, filtered, logits), None
 
 
 def _driver(
@@ -82,9 +86,9 @@ def _driver(
     replayed: list[int] = []
     replay = runner.graphs.replay
 
-    def record(upload: Any, requests: Any, *rest: Any, **options: Any) -> Any:
-        replayed.append(len(requests))
-        return replay(upload, requests, *rest, **options)
+    def record(upload: Any, batch: Any, way: Way) -> Any:
+        replayed.append(len(batch.requests))
+        return replay(upload, batch, way)
 
     runner.graphs.replay = record  # type: ignore[method-assign]
     return driver, replayed
@@ -184,3 +188,105 @@ def test_ladder_wastes_little_and_ends_at_the_largest() -> None:
         assert sizes[-1] == largest and sizes == sorted(set(sizes))
         for batch in range(17, largest + 1):
             assert next(s for s in sizes if s >= batch) < 1.5 * batch
+
+
+class _Finalised:
+    """Garbage that only the collector finds, and that tells when it did."""
+
+    def __init__(self, found: list[bool]) -> None:
+        self.found, self.own = found, self
+
+    def __del__(self) -> None:
+        self.found.append(gc.isenabled())
+
+
+@pytest.fixture
+def eager_collector() -> Iterator[None]:
+    """Python's collector runs at every second allocation."""
+    before = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    yield
+    gc.set_threshold(*before)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_capture_keeps_the_collector_out(
+    oracle: tuple[Path, list[list[int]]], eager_collector: None, fails: bool
+) -> None:
+    """What it frees may be the CUDA graphs of an engine let go before, which would break off the capture."""
+    found: list[bool] = []
+    in_capture: list[int] = []
+
+    class Littering(Uncaptured):
+        def _capture(self, step: DecodeStep, memory: Any) -> Any:
+            _Finalised(found)
+            garbage = [[i] for i in range(1000)]
+            in_capture.append(len(found))
+            if fails and len(in_capture) == 2:
+                raise RuntimeError(f"captured no more than {len(garbage)}")
+            return super()._capture(step, memory)
+
+    driver = Driver(oracle[0])
+    runner = driver.engine.runner
+    with torch.inference_mode(), pytest.raises(RuntimeError) if fails else nullcontext():
+        Littering(runner.model, runner.pool, DeviceOnly(), runner.rows, [1, 2, 3], False)
+    assert in_capture and not any(in_capture), "nothing was freed while graphs were captured"
+    assert gc.isenabled()
+    gc.collect()
+    assert len(found) == len(in_capture) and all(found)
+    driver.close()
+
+
+def test_collector_stays_off_where_it_was_off() -> None:
+    gc.disable()
+    try:
+        with collector_off():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+class LitteringGraphs(DecodeGraphs):
+    """Lets go of a CUDA graph, which only the collector finds, in the middle of every capture."""
+
+    def _capture(self, step: DecodeStep, memory: Any) -> Any:
+        graphs = [torch.cuda.CUDAGraph() for _ in range(4)]
+        for graph in graphs:
+            with torch.cuda.graph(graph):
+                torch.zeros(1, device="cuda")
+        sample = step.sample
+
+        def litter(*args: Any) -> None:
+            cycle: list[Any] = [graphs.pop()]
+            cycle.append(cycle)
+            del cycle
+            sample(*args)
+
+        step.sample = litter  # type: ignore[method-assign]
+        return super()._capture(step, memory)
+
+
+@pytest.mark.cuda
+def test_capture_survives_garbage_and_other_threads(
+    oracle: tuple[Path, list[list[int]]], eager_collector: None
+) -> None:
+    folder, expected = oracle
+    driver = Driver(folder, device="cuda", dtype="float32", attention="triton")
+    runner = driver.engine.runner
+    held: list[Tensor] = []
+    done = threading.Event()
+
+    def allocate() -> None:
+        while not done.is_set() and len(held) < 200:
+            held.append(torch.empty(2**21 + len(held), dtype=torch.uint8, device="cuda"))
+            torch.cuda.Event().query()
+
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    try:
+        runner.graphs = LitteringGraphs(runner.model, runner.pool, runner.attention, runner.rows, [1, 2, 4], False)
+    finally:
+        done.set()
+        thread.join()
+    assert driver.ask(PROMPTS[1], replace(GREEDY, max_tokens=30)).tokens == expected[1]

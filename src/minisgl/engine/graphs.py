@@ -1,17 +1,19 @@
-"""CUDA graphs of decode steps: a step costs the host one small copy and one or two launches.
+"""CUDA graphs of decode steps: a step costs the host one small copy and one launch, or two.
 
 There is a graph for each batch size of a ladder; a smaller batch is padded with the dummy row. A graph takes its
 inputs from `DeviceRows`: the host sends the rows of the batch and the pages that they gained. The page table's width
-counts as an input's shape: attention has less to do where it has no room for long contexts. Forward graphs end at
-logits, in one memory pool; two sampler graphs behind each, with filters and without, serve rows that need no
-penalty or log-probability.
+counts as an input's shape: attention has less to do where it has no room for long contexts. A graph goes from there
+to tokens, for rows that need nothing but a temperature; where some row needs filters, a second graph samples again from
+the same logits, and for penalties and log-probabilities eager kernels do. All share one memory pool.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +22,12 @@ from torch import Tensor
 from minisgl.attention.base import AttentionBackend, ForwardBatch
 from minisgl.cache.pool import KVPool
 from minisgl.engine.sampler import Way, filter_rows, gumbel_argmax
+from minisgl.engine.scheduler import ScheduledBatch
 from minisgl.engine.state import DeviceRows, RowParams, Uploader
 from minisgl.kernels.prepare.op import NEVER, DecodeInputs, prepare
 from minisgl.models.decoder import CausalLM
-from minisgl.types import Request
+
+T = TypeVar("T")
 
 
 def batch_sizes(max_batch: int) -> list[int]:
@@ -60,6 +64,12 @@ class DecodeStep:
         self.attention.prepare(batch)
         return self.model.forward(batch)
 
+    def run(self) -> Tensor:
+        """The whole step for rows whose way is PLAIN. Returns the logits, for rows that need more."""
+        logits = self.forward()
+        self.sample(logits, False)
+        return logits
+
     def sample(self, logits: Tensor, filtered: bool) -> None:
         """Samples `tokens` for rows whose way is PLAIN, or FILTERED (`logits` may be overwritten then).
 
@@ -84,8 +94,8 @@ class Captured:
     """A step as graphs. What a replay leaves in `logits` and in the step's tensors is valid until the next one."""
 
     step: DecodeStep
-    forward: torch.cuda.CUDAGraph
-    samplers: dict[Way, torch.cuda.CUDAGraph]
+    plain: torch.cuda.CUDAGraph  # forward, and tokens of rows whose way is PLAIN
+    filtered: torch.cuda.CUDAGraph | None  # other tokens from its logits; None: such rows are sampled eagerly
     logits: Tensor
 
 
@@ -102,48 +112,69 @@ class DecodeGraphs:
         progress: bool,
     ) -> None:
         self.sizes, self.max_batch, self.state = sizes, sizes[-1], state
-        self.ways = (Way.PLAIN, Way.FILTERED) if model.vocab.whole else (Way.PLAIN,)
+        self.filters = model.vocab.whole
         self._pad = np.array([[state.dummy], [NEVER], [0]], np.int32)
         self.page_size, most = pool.page_size, state.page_table.shape[1]
         self.widths = sorted({min((attention.short_context or most * self.page_size) // self.page_size, most), most})
         self._steps: dict[tuple[int, int], Captured] = {}
         memory = None
         wanted = [(size, pages) for size in reversed(self.sizes) for pages in self.widths]
-        for size, pages in _progress(wanted, progress):  # the largest first: others fit its memory
-            words = torch.from_numpy(np.repeat(self._pad, size, axis=1)).to(pool.k.device)
-            step = DecodeStep(model, pool, attention, state, words, pages)
-            self._steps[size, pages], memory = self._capture(step, memory)
+        with collector_off():
+            for size, pages in _progress(wanted, progress):  # the largest first: others fit its memory
+                words = torch.from_numpy(np.repeat(self._pad, size, axis=1)).to(pool.k.device)
+                step = DecodeStep(model, pool, attention, state, words, pages)
+                self._steps[size, pages], memory = self._capture(step, memory)
 
     @torch.inference_mode()
     def _capture(self, step: DecodeStep, memory: Any) -> tuple[Captured, Any]:
         """The step's graphs, in the pool `memory` (None: a new one), which is returned for the next."""
-        logits = step.forward()  # kernels are compiled, libraries make their handles
-        for way in self.ways:
-            step.sample(logits, way is Way.FILTERED)
+        logits = step.run()  # kernels are compiled, libraries make their handles
+        if self.filters:
+            step.sample(logits, True)
         del logits
-        forward, samplers = torch.cuda.CUDAGraph(), {way: torch.cuda.CUDAGraph() for way in self.ways}
-        with torch.cuda.graph(forward, pool=memory):
-            logits = step.forward()
-        for way, sampler in samplers.items():
-            with torch.cuda.graph(sampler, pool=forward.pool()):
-                step.sample(logits, way is Way.FILTERED)
-        return Captured(step, forward, samplers, _alias(logits)), forward.pool()
+        plain, logits = _captured(step.run, memory)
+        filtered = _captured(lambda: step.sample(logits, True), plain.pool())[0] if self.filters else None
+        return Captured(step, plain, filtered, _alias(logits)), plain.pool()
 
-    def replay(self, upload: Uploader, requests: Sequence[Request], longest: int, way: Way) -> Captured:
-        """Starts a step for `requests`, of which the longest has `longest` tokens with the one computed now.
+    def replay(self, upload: Uploader, batch: ScheduledBatch, way: Way) -> Captured:
+        """Starts a step for requests that decode.
 
-        It samples too, but where the way is EAGER.
+        Its tokens are those of `way`, or where that is EAGER, still to be replaced.
         """
-        count = len(requests)
+        count, longest = len(batch.requests), max(batch.starts) + 1
         size = next(s for s in self.sizes if s >= count)
         captured = self._steps[size, next(w for w in self.widths if w * self.page_size >= longest)]
         words = np.repeat(self._pad, size, axis=1)
-        self.state.decode_words(requests, words)
+        self.state.decode_words(batch.requests, batch.grown, words)
         upload.send(words.ravel(), out=captured.step.words.view(-1))
-        captured.forward.replay()
-        if way in captured.samplers:
-            captured.samplers[way].replay()
+        captured.plain.replay()
+        if way is Way.FILTERED and captured.filtered is not None:
+            captured.filtered.replay()
         return captured
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Keeps Python's garbage collector from running, in any thread.
+
+    What it frees may be CUDA's, such as the graphs of an engine let go before, and CUDA allows no such call while
+    a stream is captured: the capture is lost.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _captured(work: Callable[[], T], memory: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of `work` in the pool `memory`, and what `work` returned. What other threads do meanwhile can't harm."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        result = work()
+    return graph, result
 
 
 def _progress(work: list[tuple[int, int]], show: bool) -> Iterable[tuple[int, int]]:

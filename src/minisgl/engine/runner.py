@@ -18,7 +18,7 @@ from minisgl.engine.graphs import DecodeGraphs
 from minisgl.engine.prompt_logprobs import prompt_rows, read_prompts
 from minisgl.engine.sampler import RowState, SampledTokens, Way, sample
 from minisgl.engine.scheduler import ScheduledBatch
-from minisgl.engine.state import DeviceRows, RowParams, Uploader, param_words
+from minisgl.engine.state import DeviceRows, Downloader, RowParams, Uploader, param_words
 from minisgl.models.decoder import CausalLM
 from minisgl.timing import span
 from minisgl.types import Request, TokenLogprob
@@ -57,6 +57,7 @@ class ModelRunner:
         self.seed = seed
         self.device = pool.k.device
         self.upload = Uploader(self.device)
+        self.download = None if self.device.type == "cpu" else Downloader(num_rows)
         self.rows = DeviceRows(num_rows, -(-max_tokens // pool.page_size), pool.dummy_page, self.device)
         self.states: dict[int, RowState] = {}  # by row
         self._unsampled: set[int] = set()  # rows whose next input isn't their `last_token`: prompts in chunks
@@ -118,7 +119,7 @@ class ModelRunner:
         requests = handle.requests
         way = max(self.states[r.row].way for r in requests) if self._special else Way.PLAIN
         with span("forward"):
-            done = graphs.replay(self.upload, requests, max(handle.batch.starts) + 1, way)
+            done = graphs.replay(self.upload, handle.batch, way)
         count, step, x = len(requests), done.step, done.step.inputs
         with span("sample"):
             if way is not Way.EAGER:
@@ -163,13 +164,10 @@ class ModelRunner:
 
     def _fetch(self, handle: StepHandle, tokens: Tensor) -> None:
         """Starts the copy of the step's tokens to the host."""
-        if self.device.type == "cpu":
+        if self.download is None:
             handle.tokens = tokens.clone()  # a graph's are overwritten by its next replay
-            return
-        handle.tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        handle.tokens.copy_(tokens, non_blocking=True)
-        handle.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        handle.done.record()
+        else:
+            handle.tokens, handle.done = self.download(tokens)
 
     def _forward_batch(self, batch: ScheduledBatch) -> tuple[ForwardBatch, Tensor]:
         """The inputs of a step, and its requests' rows [S] int32; brings `DeviceRows` up to this step."""

@@ -24,7 +24,7 @@ LPM_WINDOW = 64  # waiting requests that the policy 'lpm' sorts
 class ScheduledBatch:
     """What one step computes: parallel lists over requests, those with a single token first.
 
-    `samples[i]` says whether the step samples a token for request i, `output_index[i]` which output token that is.
+    `samples[i]` says whether the step samples a token for request i.
     """
 
     step: int
@@ -32,8 +32,8 @@ class ScheduledBatch:
     starts: list[int] = field(default_factory=list)  # first position computed
     counts: list[int] = field(default_factory=list)  # positions computed
     samples: list[bool] = field(default_factory=list)
-    output_index: list[int] = field(default_factory=list)
     num_decodes: int = 0  # leading requests with one token
+    grown: list[int] = field(default_factory=list)  # places of decodes that gained a page
     admitted: list[Request] = field(default_factory=list)  # got a row in this step
     preempted: list[Request] = field(default_factory=list)
     stalled: list[Request] = field(default_factory=list)  # wait for pages that an unfinished step still holds
@@ -41,6 +41,12 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         return sum(self.counts)
+
+    @property
+    def output_index(self) -> list[int]:
+        """Which output token of its request each sampled one is."""
+        ends = zip(self.requests, self.starts, self.counts, strict=True)
+        return [start + count - r.num_prompt for r, start, count in ends]
 
 
 def _order(request: Request) -> tuple[int, int]:
@@ -147,6 +153,7 @@ class Scheduler:
         """
         behind = []
         page_size, step, requests, starts = self.page_size, self.step, batch.requests, batch.starts
+        append, append_start = requests.append, starts.append
         for request in self.running.copy():
             total = len(request.tokens) + request.num_pending
             start = request.num_computed
@@ -154,16 +161,16 @@ class Scheduler:
                 if total - start > 1:
                     behind.append(request)
                 continue  # a prompt in chunks, or all its tokens are in flight
-            if start >= len(request.pages) * page_size and not self._grow(request, batch):
-                continue
-            requests.append(request)
-            starts.append(start)
+            if start >= len(request.pages) * page_size:
+                if not self._grow(request, batch):
+                    continue
+                batch.grown.append(len(requests))
+            append(request)
+            append_start(start)
             request.num_computed = total
             request.num_pending += 1
             request.last_step = step
-        count = len(requests)
-        batch.counts, batch.samples = [1] * count, [True] * count
-        batch.output_index = [start + 1 - r.num_prompt for start, r in zip(starts, requests, strict=True)]
+        batch.counts, batch.samples = [1] * len(requests), [True] * len(requests)
         return behind
 
     def _append(self, batch: ScheduledBatch, request: Request, count: int) -> None:
@@ -175,7 +182,6 @@ class Scheduler:
         batch.starts.append(start)
         batch.counts.append(count)
         batch.samples.append(samples)
-        batch.output_index.append(total - request.num_prompt)
         request.num_computed = end
         request.num_pending += samples
         request.last_step = self.step

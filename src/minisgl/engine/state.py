@@ -7,6 +7,7 @@ the step before sampled, is read from the rows, so that a step can be launched b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -61,6 +62,21 @@ class Uploader:
         return out
 
 
+class Downloader:
+    """Copies up to `size` tokens to the host, which doesn't wait. Of the last RING copies each is still there."""
+
+    def __init__(self, size: int) -> None:
+        pinned = (torch.empty(size, dtype=torch.int64, pin_memory=True) for _ in range(RING))
+        self._ring = cycle([(buffer, torch.cuda.Event()) for buffer in pinned])  # type: ignore[no-untyped-call]
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        """The copy of `tokens` [R] int64, and the event after which it is complete."""
+        buffer, done = next(self._ring)
+        copy = buffer[: tokens.shape[0]].copy_(tokens, non_blocking=True)
+        done.record()
+        return copy, done
+
+
 class DeviceRows:
     """State of running requests, a row each. The last row is a dummy: padding points to it.
 
@@ -77,10 +93,12 @@ class DeviceRows:
         self.params = torch.zeros(num_rows + 1, 8, dtype=torch.int32, device=device)
         self.tables = RowTables(self.page_table, self.lengths, self.last_token, self.params)
         self._known = [0] * num_rows  # pages of each row that the device has
+        self._decoding: tuple[Sequence[Request], np.ndarray] = [], np.empty(0, np.int32)  # last, and their rows
 
     def admit(self, request: Request) -> None:
         """A request has taken a row: nothing there holds for it."""
         self._known[request.row] = 0
+        self._decoding = [], np.empty(0, np.int32)
 
     def page_deltas(self, requests: Sequence[Request]) -> np.ndarray:
         """[3, D] int32: row, place and page of what the requests hold and the device doesn't know yet."""
@@ -93,16 +111,16 @@ class DeviceRows:
                 known[row] = len(pages)
         return np.array(found, np.int32).reshape(-1, 3).T.copy()
 
-    def decode_words(self, requests: Sequence[Request], words: np.ndarray) -> None:
-        """Fills `words` [3, R], see `kernels.prepare`, for requests that decode: they gained one page at most."""
-        known, rows = self._known, [r.row for r in requests]
-        words[0, : len(rows)] = rows
-        for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
-            held = len(request.pages)
-            if known[row] != held:
-                assert held - known[row] == 1
-                words[1:, i] = held - 1, request.pages[-1]
-                known[row] = held
+    def decode_words(self, requests: Sequence[Request], grown: Sequence[int], words: np.ndarray) -> None:
+        """Fills `words` [3, R], see `kernels.prepare`, for requests that decode; those at `grown` gained a page."""
+        if requests != self._decoding[0]:  # mostly they are those of the step before
+            self._decoding = requests, np.array([r.row for r in requests], np.int32)
+        words[0, : len(requests)] = self._decoding[1]
+        for i in grown:
+            row, held = requests[i].row, len(requests[i].pages)
+            assert held - self._known[row] == 1
+            words[1:, i] = held - 1, requests[i].pages[-1]
+            self._known[row] = held
 
     def write_pages(self, deltas: Tensor) -> None:
         """Enters `page_deltas` [3, D]."""
