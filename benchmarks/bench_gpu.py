@@ -12,6 +12,7 @@ of two narrow layers on a CPU, which proves nothing but this program.
     breakdown  kernels of that step, microseconds a step, and what lies between them
     prefill    32 x 512, 8 x 2048 and 4 x 4000 tokens
     host       microseconds that the host spends on a decode step, waiting apart
+    launch     what of that the launch takes, piece by piece (see launch_split.py)
     sampling   decode steps with temperature, top-p and top-k, and with all of them
     mixed      steps of decodes and a chunk of prefill: host-bound where the launch takes as long as the step
     plain      offline256 without overlap
@@ -31,6 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import launch_split
 import torch
 from bench_engine import bench_decode, bench_prefill, drain, random_prompt, sync
 from common import environment, memory_bandwidth, spread
@@ -43,7 +45,7 @@ from minisgl.profiling import shapes
 from minisgl.profiling.floor import kv_bytes, step_bytes
 from minisgl.types import SamplingParams
 
-PARTS = ("start", "offline", "decode", "breakdown", "prefill", "host", "sampling", "mixed", "plain", "eager")
+PARTS = ("start", "offline", "decode", "breakdown", "prefill", "host", "launch", "sampling", "mixed", "plain", "eager")
 TINY = {
     "model_type": "qwen3", "vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512,
@@ -202,6 +204,15 @@ class Bench:
             rows.append({"batch": batch, "us": medians})
             self._empty()
         return {"rows": rows}
+
+    def launch(self) -> dict[str, Any]:
+        rows = []
+        for batch in (self.batches[0], self.batches[-1]):
+            self._fill(batch, replace(GREEDY, temperature=0.6))
+            found = {way: launch_split.pieces(self.engine, self.steps, way == "behind") for way in ("idle", "behind")}
+            rows.append({"batch": batch} | found)
+            self._empty()
+        return {"rows": rows} | launch_split.controls(self.engine)
 
     def sampling(self) -> dict[str, Any]:
         """Decode steps at the largest batch under parameters that need more and more."""

@@ -26,7 +26,7 @@ steps=${*:-smoke small unfused large restart rest attention routes tests}
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export MINISGL_CACHE=${MINISGL_CACHE:-$out/cache} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$out/triton}
-first=start,offline,decode,breakdown,prefill,host
+first=start,offline,decode,breakdown,prefill,host,launch
 workers=$("$python" -c 'import xdist' 2> /dev/null && echo "-n ${WORKERS:-6}")  # processes of pytest
 failed=0
 
