@@ -47,6 +47,7 @@ def build(kernel: str, capability: int, dtype: str, dim: int) -> int:
     """Compiles one kernel as the backend would have it; returns the bytes of shared memory."""
     import torch
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -59,10 +60,13 @@ def build(kernel: str, capability: int, dtype: str, dim: int) -> int:
     element = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     constants: dict[str, Any] = {"KV_HEADS": 8, "GROUP": 2, "DIM": dim, "DIM_PAD": dim_pad, "PAGE": 16}
     if kernel == "decode":
-        function, tile = triton_decode._decode, decode_tile(dim_pad, element)
-        constants |= {"ROWS": 16, "PDL": capability >= 90}
+        function, tile = triton_decode._decode, decode_tile(dim_pad, element, split=True)
+        constants |= {"ROWS": 16, "SPLIT": True, "PDL": capability >= 90}
+        constants["OPERAND"] = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[
+            dtype if cache == dtype else "fp16"
+        ]
         if dtype == "fp16":
-            constants["table_rows"] = None  # of eager steps
+            constants["order"] = None  # of small batches
     else:
         function, tile = triton_prefill._prefill, prefill_tile(dim_pad, element, SHARED_BYTES[capability])
         constants |= {"ROWS": tile.rows, "QUERIES": tile.rows // 2, "WIDE": False}
@@ -70,9 +74,9 @@ def build(kernel: str, capability: int, dtype: str, dim: int) -> int:
     if cache == dtype:
         constants |= {"k_scale": None, "v_scale": None}
     tensors = dict.fromkeys(("q", "out"), f"*{dtype}") | dict.fromkeys(("keys", "values"), f"*{cache}")
-    tensors |= dict.fromkeys(
-        ("table", "table_rows", "lens", "starts", "ends", "first", "arrived"), "*i32"
-    ) | dict.fromkeys(("part_out", "part_lse", "k_scale", "v_scale"), "*fp32")
+    tensors |= dict.fromkeys(("table", "table_rows", "order", "lens", "starts"), "*i32") | dict.fromkeys(
+        ("part_out", "part_lse", "k_scale", "v_scale"), "*fp32"
+    )
     names = function.arg_names
     tensors = {name: type for name, type in tensors.items() if name not in constants}
     types = tensors | {"scale": "fp32"} | dict.fromkeys(constants, "constexpr")

@@ -21,9 +21,9 @@ from minisgl.types import ConfigError
 
 pytest.importorskip("triton")
 
-from minisgl.attention.triton_decode import Schedule
+from minisgl.attention import triton_paged
+from minisgl.attention.triton_decode import Splits, rank
 from minisgl.attention.triton_paged import TritonPaged
-from minisgl.attention.triton_tiles import Tile
 
 INTERPRETED = not torch.cuda.is_available()
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -120,9 +120,7 @@ def reference(q: Tensor, batch: ForwardBatch, scale: float, window: int | None) 
 
 def poisoned(*args: Any, **kwargs: Any) -> Tensor:
     """torch.empty, but what nobody writes shows."""
-    size = args[0] if not isinstance(args[0], int) else args
-    dtype = kwargs.get("dtype", torch.float32)
-    return torch.full(size, torch.nan if dtype.is_floating_point else -(10**6), **kwargs)
+    return torch.full(*args, torch.nan, **kwargs) if len(args) == 1 else torch.full(args, torch.nan, **kwargs)
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -131,8 +129,10 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float(difference.max())
 
 
-def check(g: Geometry, lens: list[int], counts: list[int], window: int | None, runs: int | None, seed: int = 0) -> None:
-    batch = make_batch(g, lens, counts, seed, TritonPaged(runs))
+def check(
+    g: Geometry, lens: list[int], counts: list[int], window: int | None, splits: Splits | None, seed: int = 0
+) -> None:
+    batch = make_batch(g, lens, counts, seed, TritonPaged(splits))
     q, scale = make_queries(g, sum(counts), seed), g.dim**-0.5
     batch.attention.prepare(batch)
     with mock.patch.object(torch, "empty", poisoned):
@@ -141,7 +141,7 @@ def check(g: Geometry, lens: list[int], counts: list[int], window: int | None, r
     assert error(got, reference(q, batch, scale, window)) < TOLERANCE[g.dtype]
 
 
-MANY, ONE = 24, 1  # programs a KV head: sequences are shared by many of them, or all have the same
+MANY, ONE = Splits(32, 24), Splits(32, 1)
 MIXES = {
     "one decode": ([37], [1]),
     "decodes at page borders": ([2, 15, 16, 17, 31, 32, 33, 64, 65, 130], [1] * 10),
@@ -162,11 +162,13 @@ SMALL = (
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the tests marked cuda do more")
-@pytest.mark.parametrize(("window", "runs"), [(None, ONE), (None, MANY), (1, None), (20, 3), (1000, None)])
+@pytest.mark.parametrize(
+    ("window", "splits"), [(None, ONE), (None, MANY), (1, None), (20, Splits(32, 2)), (1000, None)]
+)
 @pytest.mark.parametrize("mix", MIXES)
-def test_triton_interpreted_equals_reference(mix: str, window: int | None, runs: int | None) -> None:
+def test_triton_interpreted_equals_reference(mix: str, window: int | None, splits: Splits | None) -> None:
     for seed, geometry in enumerate(SMALL[:2]):
-        check(geometry, *MIXES[mix], window, runs, seed)
+        check(geometry, *MIXES[mix], window, splits, seed)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the tests marked cuda do more")
@@ -184,8 +186,8 @@ def test_triton_finds_the_rows_of_a_larger_table() -> None:
     whole = torch.full((9, batch.page_table.shape[1] + 5), 10**6, dtype=torch.int32, device=g.device)
     whole[rows, : batch.page_table.shape[1]] = batch.page_table
     batch.page_table, batch.table_rows = whole[:, :-3], torch.tensor(rows, dtype=torch.int32, device=g.device)
-    for runs in (MANY, ONE):
-        batch.attention = TritonPaged(runs)
+    for splits in (MANY, ONE):
+        batch.attention = TritonPaged(splits)
         batch.attention.prepare(batch)
         got = batch.attention.forward(make_queries(g, 3, 0), 0, batch, 0.3, None)
         assert error(got, expected) < TOLERANCE[g.dtype]
@@ -202,21 +204,32 @@ def test_triton_gives_zeros_for_padding_rows() -> None:
     assert not got.isnan().any()
 
 
-@pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("runs", [1, 7, 40, 500])
-@pytest.mark.parametrize("count", [1, 5, 128, 300])
-def test_schedule_deals_every_tile_once_and_evenly(count: int, runs: int, window: int | None) -> None:
-    rng = random.Random(count)
-    lens = [rng.choice((0, 1, 16, 17, rng.randint(1, 900))) for _ in range(count)]
-    tile, device = Tile(16, 16, 4, 2), SMALL[0].device
-    schedule = Schedule.make(torch.tensor(lens, dtype=torch.int32, device=device), window, tile, runs)
-    tiles = [max(1, -(-min(n, window or n) // 16)) for n in lens]
-    owners = [seq for seq, n in enumerate(tiles) for _ in range(n)]
-    assert schedule.ends.tolist() == [0, *np.cumsum(tiles).tolist()]
-    busy = min(runs, len(owners))
-    begins = [run * len(owners) // busy for run in range(busy + 1)]
-    assert schedule.first.tolist()[:busy] == [owners[begin] for begin in begins[:-1]]
-    assert begins[-1] == len(owners) and max(np.diff(begins)) - min(np.diff(begins)) <= 1
+@pytest.mark.parametrize("count", [1, 15, 16, 130, 300])
+def test_rank_puts_the_longest_first(count: int) -> None:
+    lens = torch.randint(0, 40, (count,), dtype=torch.int32, generator=torch.Generator().manual_seed(count))
+    order = rank(lens.to(SMALL[0].device))
+    assert order.tolist() == sorted(range(count), key=lambda i: -lens[i])
+
+
+def test_triton_equals_reference_with_the_longest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = SMALL[1]
+    batch = make_batch(g, [40, 2, 130, 70, 71], [1] * 5, 0, TritonPaged())
+    monkeypatch.setattr(triton_paged, "SMS_UNKNOWN", 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: mock.Mock(multi_processor_count=4, major=8))
+    batch.attention.prepare(batch)
+    assert batch.plan.order.tolist() == [2, 4, 3, 0, 1]
+    q = make_queries(g, 5, 0)
+    assert error(batch.attention.forward(q, 0, batch, 0.3, None), reference(q, batch, 0.3, None)) < TOLERANCE[g.dtype]
+
+
+@pytest.mark.parametrize("programs", [1, 8, 64, 256, 1024, 8192])
+@pytest.mark.parametrize("max_len", [1, 700, 40_960, 1_000_000])
+def test_splits_fill_the_gpu_within_bounds(programs: int, max_len: int) -> None:
+    splits = Splits.choose(programs, 1, max_len, 132)
+    assert splits.chunk % 32 == 0
+    assert 1 <= splits.most
+    assert splits.most == 1 or splits.most * programs <= 4096
+    assert splits.most == 1 or (splits.most - 1) * splits.chunk < max_len
 
 
 def test_make_attention_says_what_triton_lacks() -> None:
@@ -266,8 +279,8 @@ def random_lens(seed: int, longest: int) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("geometry", list(geometries()), ids=str)
 def test_triton_equals_reference(geometry: Geometry, window: int | None) -> None:
-    for seed, runs in enumerate((ONE, MANY, 3, None, None, 500)):
-        check(geometry, *random_lens(seed + geometry.dim, 700), window, runs, seed)
+    for seed, splits in enumerate((ONE, MANY, Splits(64, 3), None, None, MANY)):
+        check(geometry, *random_lens(seed + geometry.dim, 700), window, splits, seed)
     check(geometry, *MIXES["decodes at page borders"], 1, MANY)
 
 

@@ -1,17 +1,16 @@
 """Decode attention over the paged pool in Triton: one query token a sequence.
 
-It is bound by memory: each key and each value is read once. All sequences are cut into tiles of tokens, and the tiles
-dealt out evenly: a program takes one KV head over a run of tiles that may end one sequence, hold others whole and begin
-another (the idea of stream-K: Osama and others, 2023). So every program reads as much as any other, however long the
-sequences are, and one sequence alone fills the GPU. The query heads that share a KV head are the rows of the matrix
-products. Where a sequence is shared by several programs, each leaves its part, and the last to arrive weighs them all
-(flash-decoding's combination: Dao and others, 2023), always in the same order.
+It is bound by memory: each key and each value is read once. A program takes one KV head of one sequence, and the query
+heads that share it are the rows of its matrix products. Where there are too few sequences to fill the GPU, a sequence
+is split over several programs (flash-decoding: Dao and others, 2023), and a second kernel weighs their parts. Where
+there are more sequences than that, the longest begin first (`rank`): what is left to the end is short, so that no
+multiprocessor works on alone while the others wait.
 
-The grid follows from the hardware alone; who reads what is settled on the device, once a step, from the lengths
-there (`Schedule`): a captured graph stays right while sequences grow.
+The grid and every argument follow from the batch's size and the page table's width, lengths are read on the device: a
+captured graph stays right while sequences grow.
 
-Programmatic dependent launch: the kernel waits before it reads what another kernel wrote, and lets the next one start
-right after, to wait in turn.
+Programmatic dependent launch: both kernels wait before they read what another kernel wrote, and let the next one
+start right after, to wait in turn.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -25,197 +24,200 @@ import triton.language as tl
 from torch import Tensor
 
 from minisgl.attention.triton_tiles import Tile
+from minisgl.cache.pool import FP8
 
 LOG2_E = 1.4426950408889634  # scores become powers of two
-NO_WINDOW = 2**31 - 1
-
-# Integers and views that change from step to step must not each bring a compilation of their own.
-KEPT_GENERAL = {
-    "do_not_specialize": ["table_stride", "num_seqs", "window", "runs"],
-    "do_not_specialize_on_alignment": ["table", "table_rows", "lens", "starts", "k_scale", "v_scale"],
-}
+OPERANDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+LONG = 4096  # tokens that one program may read while others wait for it
+MAX_PROGRAMS = 4096  # with splits; more that find nothing to do would cost more than the splits gain
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """Which program reads which tiles, for all layers of a step that have the same window."""
+class Splits:
+    """How sequences are cut: into parts of at least `chunk` tokens, and into `most` parts at most."""
 
-    ends: Tensor  # [S + 1] int32: 0, then the tiles of the first sequences, summed
-    first: Tensor  # [runs] int32: the sequence that a run begins in
-    window: int
+    chunk: int
+    most: int
 
     @staticmethod
-    def make(lens: Tensor, window: int | None, tile: Tile, runs: int) -> Schedule:
-        """Deals the tiles of sequences of `lens` tokens, [S] int32, to `runs` programs a KV head; on the device."""
-        ends = torch.empty(len(lens) + 1, dtype=torch.int32, device=lens.device)
-        first = torch.empty(runs, dtype=torch.int32, device=lens.device)
-        window = NO_WINDOW if window is None else window
-        _schedule[triton.cdiv(runs, 32),](lens, len(lens), window, runs, ends, first, TOKENS=tile.tokens, BLOCK=32)
-        return Schedule(ends, first, window)
+    def choose(num_seqs: int, num_kv_heads: int, max_len: int, num_sms: int) -> Splits:
+        """Two programs a multiprocessor keep the memory busy: splits make up for sequences that are missing.
+
+        Beyond that only long sequences are split, and only where `max_len` allows for such: the second kernel costs
+        two microseconds, and so may programs without work.
+        """
+        programs = num_seqs * num_kv_heads
+        fill, even = round(2 * num_sms / programs), -(-max_len // LONG)
+        chunk = 32 if fill > 1 else LONG // 4
+        return Splits(chunk, min(max(fill, even), -(-max_len // chunk))).within(programs)
+
+    def within(self, programs: int) -> Splits:
+        """As many parts of each as there is scratch memory for, if there are `programs` without splits."""
+        return Splits(self.chunk, max(1, min(self.most, MAX_PROGRAMS // programs)))
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What programs leave of sequences that they share. A run has two at most: where it begins, and where it ends."""
+    """Where splits leave what they computed: one entry a program."""
 
-    out: Tensor  # [runs, 2, kv_heads, group, head_dim] float32
-    lse: Tensor  # [runs, 2, kv_heads, group] float32: log2 of the sum of 2^score
-    arrived: Tensor  # [runs, kv_heads] int32: parts of the sequence that begins, but doesn't end, in a run; 0 at rest
+    out: Tensor  # [MAX_PROGRAMS, group, head_dim] float32
+    lse: Tensor  # [MAX_PROGRAMS, group] float32: log2 of the sum of 2^score
 
     @staticmethod
-    def allocate(runs: int, kv_heads: int, group: int, head_dim: int, device: torch.device) -> Parts:
-        out = torch.empty(runs, 2, kv_heads, group, head_dim, device=device)
-        arrived = torch.zeros(runs, kv_heads, dtype=torch.int32, device=device)
-        return Parts(out, torch.empty(out.shape[:-1], device=device), arrived)
+    def allocate(group: int, head_dim: int, device: torch.device) -> Parts:
+        out = torch.empty(MAX_PROGRAMS, group, head_dim, device=device)
+        return Parts(out, torch.empty(out.shape[:2], device=device))
+
+
+# Integers and views that change from step to step must not each bring a compilation of their own.
+KEPT_GENERAL = {
+    "do_not_specialize": ["table_stride", "num_seqs", "window", "chunk", "most"],
+    "do_not_specialize_on_alignment": ["table", "table_rows", "order", "lens", "starts", "k_scale", "v_scale"],
+}
 
 
 @triton.jit(**KEPT_GENERAL)
-def _schedule(lens, num_seqs, window, runs, ends, first, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    SEQS: tl.constexpr = 128
-    total = 0
+def _rank(lens, order, num_seqs, SEQS: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = tl.load(lens + i, mask=i < num_seqs, other=0)[:, None]
+    before = tl.zeros([BLOCK], tl.int32)
     for base in range(0, num_seqs, SEQS):
-        total += tl.sum(_tiles(lens, base + tl.arange(0, SEQS), num_seqs, window, TOKENS), 0)
-    run = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    begin = run.to(tl.int64) * total // tl.minimum(runs, total)
-    before = tl.zeros([BLOCK], tl.int32)  # sequences that end at or before the run's first tile
-    carry = 0
-    for base in range(0, num_seqs, SEQS):
-        seq = base + tl.arange(0, SEQS)
-        tiles = _tiles(lens, seq, num_seqs, window, TOKENS)
-        upto = carry + tl.cumsum(tiles, 0)
-        carry += tl.sum(tiles, 0)
-        tl.store(ends + 1 + seq, upto, mask=(seq < num_seqs) & (tl.program_id(0) == 0))
-        over = (upto[None, :] <= begin[:, None]) & (seq < num_seqs)[None, :]
-        before += tl.sum(over.to(tl.int32), 1)
-    tl.store(first + run, before, mask=run < runs)
-    tl.store(ends, 0, mask=tl.program_id(0) == 0)
+        j = base + tl.arange(0, SEQS)
+        other = tl.load(lens + j, mask=j < num_seqs, other=-1)[None, :]
+        goes_first = (other > own) | ((other == own) & (j[None, :] < i[:, None]))
+        before += tl.sum(goes_first.to(tl.int32), 1)
+    tl.store(order + before, i, mask=i < num_seqs)
 
 
-@triton.jit
-def _tiles(lens, seq, num_seqs, window, TOKENS: tl.constexpr):
-    """Tiles of a sequence: one at least, so that somebody writes zeros for an empty one, which is padding."""
-    seen = tl.minimum(tl.load(lens + seq, mask=seq < num_seqs, other=0), window)
-    return tl.where(seq < num_seqs, tl.maximum(tl.cdiv(seen, TOKENS), 1), 0)
-
-
-@triton.jit
-def _begin(run, total, runs):
-    """The first tile of a run: tiles are dealt in order, to within one the same number to each."""
-    return (run.to(tl.int64) * total // runs).to(tl.int32)
-
-
-@triton.jit
-def _owner(tile, total, runs):
-    """The run that has a tile: the inverse of `_begin`."""
-    return (((tile + 1).to(tl.int64) * runs - 1) // total).to(tl.int32)
+def rank(lens: Tensor) -> Tensor:
+    """Numbers of the sequences from the longest to the shortest, [S] int32, of `lens` [S] int32; on the device."""
+    order = torch.empty_like(lens)
+    _rank[triton.cdiv(len(lens), 16),](lens, order, len(lens), SEQS=128, BLOCK=16)
+    return order
 
 
 @triton.jit(**KEPT_GENERAL)
 def _decode(
-    q, q_stride, keys, values, k_scale, v_scale, table, table_stride, table_rows, lens, ends, first, out, part_out,
-    part_lse, arrived, scale, num_seqs, window, runs,
+    q, q_stride, keys, values, k_scale, v_scale, table, table_stride, table_rows, order, lens, out, part_out, part_lse,
+    scale, window, chunk, most,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    PAGE: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+    PAGE: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    kv_head, run = tl.program_id(0), tl.program_id(1)
+    kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    total = tl.load(ends + num_seqs)
-    seq = tl.load(first + run)
-    runs = tl.minimum(runs, total)
-    if run >= runs:
+    if order is not None:
+        seq = tl.load(order + seq)
+    length = tl.load(lens + seq)
+    first, span = _span(length, window, chunk, most, TOKENS)
+    begin = first + split * span
+    end = tl.minimum(begin + span, length)
+    if (split > 0) & (begin >= length):
         return
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
     heads = kv_head * GROUP + rows
     wanted = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
+    queries = tl.load(q + seq * q_stride + heads[:, None] * DIM + dims[None, :], mask=wanted, other=0.0).to(OPERAND)
+
     if k_scale is not None:
         scale *= tl.load(k_scale + kv_head)
-    tile, stop = _begin(run, total, runs), _begin(run + 1, total, runs)
-    while tile < stop:
-        seq_begin, seq_end = tl.load(ends + seq), tl.load(ends + seq + 1)
-        length = tl.load(lens + seq)
-        number = seq if table_rows is None else tl.load(table_rows + seq)
-        queries = tl.load(q + seq * q_stride + heads[:, None] * DIM + dims[None, :], mask=wanted, other=0.0)
-        to = tl.minimum(seq_end, stop)
-        seen = tl.maximum(length - window, 0)
-        begin, end = seen + (tile - seq_begin) * TOKENS, tl.minimum(seen + (to - seq_begin) * TOKENS, length)
-        best = tl.full([ROWS], float("-inf"), tl.float32)
-        sums = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-        row = table + number.to(tl.int64) * table_stride
-        ahead = begin + tl.arange(0, TOKENS)
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    row = table + tl.load(table_rows + seq).to(tl.int64) * table_stride
+    ahead = begin + tl.arange(0, TOKENS)
+    pages = tl.load(row + ahead // PAGE, mask=ahead < end, other=0)
+    for start in tl.range(begin, end, TOKENS):
+        places = start + tl.arange(0, TOKENS)
+        inside = places < end
+        slots = pages.to(tl.int64) * PAGE + places % PAGE
+        offsets = slots[:, None] * (KV_HEADS * DIM) + (kv_head * DIM + dims)[None, :]
+        ahead = places + TOKENS  # page ids a tile early: the loads of keys and values then depend on no other load
         pages = tl.load(row + ahead // PAGE, mask=ahead < end, other=0)
-        for start in tl.range(begin, end, TOKENS):
-            places = start + tl.arange(0, TOKENS)
-            inside = places < end
-            slots = pages.to(tl.int64) * PAGE + places % PAGE
-            offsets = slots[:, None] * (KV_HEADS * DIM) + (kv_head * DIM + dims)[None, :]
-            ahead = places + TOKENS  # page ids a tile early: the loads of keys and values then depend on no other load
-            pages = tl.load(row + ahead // PAGE, mask=ahead < end, other=0)
-            there = inside[:, None] & (dims < DIM)[None, :]
-            k = tl.load(keys + offsets, mask=there, other=0.0).to(queries.dtype)
-            scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
-            scores = tl.where(inside[None, :], scores, float("-inf"))
-            new_best = tl.maximum(best, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_best[:, None])
-            fade = tl.exp2(best - new_best)
-            sums = sums * fade + tl.sum(weights, 1)
-            v = tl.load(values + offsets, mask=there, other=0.0).to(queries.dtype)
-            acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-            best = new_best
-        if v_scale is not None:
-            acc *= tl.load(v_scale + kv_head)
-        result = acc / tl.maximum(sums, 1e-30)[:, None]  # an empty sequence, padding, gets zeros
-        place = out + (seq * KV_HEADS + kv_head) * GROUP * DIM
-        opens = tile == seq_begin
-        if opens & (to == seq_end):
-            tl.store(place + rows[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=wanted)
+        seen = inside[:, None] & (dims < DIM)[None, :]
+        k = tl.load(keys + offsets, mask=seen, other=0.0).to(OPERAND)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_best[:, None])
+        fade = tl.exp2(best - new_best)
+        total = total * fade + tl.sum(weights, 1)
+        v = tl.load(values + offsets, mask=seen, other=0.0).to(OPERAND)
+        acc = tl.dot(weights.to(OPERAND), v, acc * fade[:, None], input_precision="ieee")
+        best = new_best
+
+    if v_scale is not None:
+        acc *= tl.load(v_scale + kv_head)
+    result = acc / tl.maximum(total, 1e-30)[:, None]  # an empty sequence, padding, gets zeros
+    places = (seq * KV_HEADS * GROUP + heads)[:, None] * DIM + dims[None, :]
+    if not SPLIT:
+        tl.store(out + places, result.to(out.dtype.element_ty), mask=wanted)
+    else:
+        used = tl.cdiv(length - first, span)
+        if used <= 1:
+            tl.store(out + places, result.to(out.dtype.element_ty), mask=wanted)
         else:
-            part = ((2 * run + opens.to(tl.int32)) * KV_HEADS + kv_head) * GROUP + rows
+            base = (seq * KV_HEADS + kv_head) * most
+            part = (base + split) * GROUP + rows
             tl.store(part_out + part[:, None] * DIM + dims[None, :], result, mask=wanted)
-            tl.store(part_lse + part, best + tl.log2(sums), mask=rows < GROUP)
-            opener, closer = _owner(seq_begin, total, runs), _owner(seq_end - 1, total, runs)
-            count = arrived + opener * KV_HEADS + kv_head
-            tl.debug_barrier()  # all threads' parts are written before one thread says so
-            if tl.atomic_add(count, 1, sem="acq_rel") == closer - opener:
-                tl.store(count, 0)
-                _merge(part_out, part_lse, opener, closer, kv_head, place, KV_HEADS, GROUP, DIM, DIM_PAD)
-        tile = to
-        seq += 1
+            tl.store(part_lse + part, best + tl.log2(total), mask=rows < GROUP)
+
+
+@triton.jit
+def _span(length, window, chunk, most, TOKENS: tl.constexpr):
+    """The first position that is seen, and the tokens of a split."""
+    first = tl.maximum(length - window, 0)
+    share = tl.cdiv(tl.cdiv(length - first, most), TOKENS) * TOKENS
+    return first, tl.maximum(share, chunk)
 
 
 @triton.jit
 def _merge(
-    part_out, part_lse, opener, closer, kv_head, out,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    part_out, part_lse, base, used, row, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr
 ):  # fmt: skip
-    """Writes one KV head of a sequence from the parts of runs `opener` … `closer`, each by its share of the softmax."""
-    LANES: tl.constexpr = triton.next_power_of_2(GROUP)
-    BLOCK: tl.constexpr = max(32 // LANES, 1)
-    rows, dims = tl.arange(0, LANES), tl.arange(0, DIM_PAD)
-    best = tl.full([LANES], float("-inf"), tl.float32)
-    sums = tl.zeros([LANES], tl.float32)
-    acc = tl.zeros([LANES, DIM_PAD], tl.float32)
-    for base in range(opener, closer + 1, BLOCK):
-        run = base + tl.arange(0, BLOCK)
-        entry = ((2 * run + (run == opener).to(tl.int32)) * KV_HEADS + kv_head) * GROUP
-        part = entry[:, None] + rows[None, :]
-        there = (run <= closer)[:, None] & (rows < GROUP)[None, :]
-        # not from the L1 cache, which knows nothing of other multiprocessors' writes
-        lse = tl.load(part_lse + part, mask=there, other=float("-inf"), cache_modifier=".cg")
-        inside = there[:, :, None] & (dims < DIM)[None, None, :]
-        values = tl.load(part_out + part[:, :, None] * DIM + dims, mask=inside, other=0.0, cache_modifier=".cg")
+    """The parts `base` … `base + used` of one query head, each weighed by its share of the softmax's sum: [DIM_PAD]."""
+    BLOCK: tl.constexpr = 32
+    dims = tl.arange(0, DIM_PAD)
+    best = float("-inf")
+    total = 0.0
+    acc = tl.zeros([DIM_PAD], tl.float32)
+    for start in range(0, used, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < used
+        part = (base + i) * GROUP + row
+        lse = tl.load(part_lse + part, mask=inside, other=float("-inf"))
+        seen = inside[:, None] & (dims < DIM)[None, :]
+        values = tl.load(part_out + part[:, None] * DIM + dims[None, :], mask=seen, other=0.0)
         new_best = tl.maximum(best, tl.max(lse, 0))
-        shift = tl.where(new_best == float("-inf"), 0.0, new_best)  # rows that only fill up
-        weights = tl.exp2(lse - shift[None, :])
-        fade = tl.exp2(best - shift)
-        sums = sums * fade + tl.sum(weights, 0)
-        acc = acc * fade[:, None] + tl.sum(values * weights[:, :, None], 0)
+        weights = tl.exp2(lse - new_best)
+        fade = tl.exp2(best - new_best)
+        total = total * fade + tl.sum(weights, 0)
+        acc = acc * fade + tl.sum(values * weights[:, None], 0)
         best = new_best
-    merged = acc / tl.maximum(sums, 1e-30)[:, None]
-    wanted = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
-    tl.store(out + rows[:, None] * DIM + dims[None, :], merged.to(out.dtype.element_ty), mask=wanted)
+    return acc / total
+
+
+@triton.jit(**KEPT_GENERAL)
+def _combine(
+    lens, out, part_out, part_lse, window, chunk, most,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (head, sequence) brings the parts of a split sequence together. Launched right behind `_decode`."""
+    head, seq = tl.program_id(0), tl.program_id(1)
+    length = tl.load(lens + seq)  # before the wait: _decode waited for the kernels before it, so this is there
+    first, span = _span(length, window, chunk, most, TOKENS)
+    used = tl.cdiv(length - first, span)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if used <= 1:
+        return
+    base = (seq * KV_HEADS + head // GROUP) * most
+    merged = _merge(part_out, part_lse, base, used, head % GROUP, GROUP, DIM, DIM_PAD)
+    dims = tl.arange(0, DIM_PAD)
+    tl.store(out + (seq * KV_HEADS * GROUP + head) * DIM + dims, merged.to(out.dtype.element_ty), mask=dims < DIM)
 
 
 def decode(
@@ -224,12 +226,14 @@ def decode(
     values: Tensor,
     scales: tuple[Tensor | None, Tensor | None],
     table: Tensor,
-    table_rows: Tensor | None,
+    table_rows: Tensor,
+    order: Tensor | None,
     lens: Tensor,
     out: Tensor,
     scale: float,
+    window: int | None,
     tile: Tile,
-    schedule: Schedule,
+    splits: Splits,
     parts: Parts,
     pdl: bool = False,
 ) -> None:
@@ -240,20 +244,31 @@ def decode(
         keys, values: a layer of the pool, [pages, page_size, kv_heads, head_dim].
         scales: factors on keys and on values, [kv_heads] float32; None: 1.
         table: [rows, P] int32 page ids, of which the first ceil(len / page_size) count.
-        table_rows: [S] int32, each sequence's row of the table; None: its own number.
+        table_rows: [S] int32, each sequence's row of the table.
+        order: [S] int32, the sequences in the order in which to begin; None: as they are.
         lens: [S] int32.
         out: [S, heads, head_dim], contiguous; written.
-        schedule: of `lens`, in tiles of `tile.tokens`; its window is the positions that a query sees.
-        parts: scratch memory for as many runs as the schedule has.
+        window: positions that a query sees, its own among them; None: all.
+        parts: scratch memory; used where `splits.most` > 1.
     """
     num_seqs, heads, dim = q.shape
     _, page, kv_heads, _ = keys.shape
-    group, runs = heads // kv_heads, len(schedule.first)
-    assert runs <= len(parts.arrived)
-    _decode[kv_heads, runs](
-        q, q.stride(0), keys, values, *scales, table, table.stride(0), table_rows, lens, schedule.ends, schedule.first,
-        out, parts.out, parts.lse, parts.arrived, scale * LOG2_E, num_seqs, schedule.window, runs,
-        KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim,
-        DIM_PAD=triton.next_power_of_2(max(dim, 16)), PAGE=page, TOKENS=tile.tokens, PDL=pdl,
-        num_warps=tile.warps, num_stages=tile.stages, **({"launch_pdl": True} if pdl else {}),
+    group, dim_pad = heads // kv_heads, triton.next_power_of_2(max(dim, 16))
+    assert splits.most == 1 or num_seqs * kv_heads * splits.most <= MAX_PROGRAMS
+    window = 2**31 - 1 if window is None else window
+    # e4m3 becomes float16 in one instruction, bfloat16 in three, and fits into either
+    operand = q.dtype if keys.dtype != FP8 or q.dtype == torch.float32 else torch.float16
+    launch = {"num_warps": tile.warps, "num_stages": tile.stages, **({"launch_pdl": True} if pdl else {})}
+    _decode[kv_heads, num_seqs, splits.most](
+        q, q.stride(0), keys, values, *scales, table, table.stride(0), table_rows, order, lens, out, parts.out,
+        parts.lse, scale * LOG2_E, window, splits.chunk, splits.most,
+        KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PAD=dim_pad,
+        PAGE=page, TOKENS=tile.tokens, SPLIT=splits.most > 1, PDL=pdl, OPERAND=OPERANDS[operand],
+        **launch,
     )  # fmt: skip
+    if splits.most > 1:
+        _combine[heads, num_seqs](
+            lens, out, parts.out, parts.lse, window, splits.chunk, splits.most,
+            KV_HEADS=kv_heads, GROUP=group, DIM=dim, DIM_PAD=dim_pad, TOKENS=tile.tokens, PDL=pdl,
+            num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip

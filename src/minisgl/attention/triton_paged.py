@@ -5,43 +5,41 @@ Neither asks the device for anything: what a step shares over its layers follows
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
 from minisgl.attention.base import AttentionBackend, ForwardBatch
-from minisgl.attention.triton_decode import Parts, Schedule, decode
+from minisgl.attention.triton_decode import LONG, Parts, Splits, decode, rank
 from minisgl.attention.triton_prefill import prefill
-from minisgl.attention.triton_tiles import Tile, decode_tile, prefill_tile
-from minisgl.cache.pool import KVPool
+from minisgl.attention.triton_tiles import decode_tile, prefill_tile
 from minisgl.types import ConfigError
 
-PROGRAMS_UNKNOWN = 12  # where there is no GPU to ask: the interpreter
-MOST_RESIDENT = 8  # programs a multiprocessor: more than that don't make it faster
+SMS_UNKNOWN = 128  # multiprocessors, where there's no GPU to ask: the interpreter
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The two parts of a step, decodes and extending sequences, as views of the batch's tensors."""
 
-    num_decodes: int
+    splits: Splits | None  # None: no decodes
     pdl: bool  # programmatic dependent launch
     shared_bytes: int  # that a program can have
     tables: tuple[Tensor, Tensor]
-    table_rows: Tensor | None  # of the decodes, if not their own numbers
+    table_rows: Tensor  # of the decodes
+    order: Tensor | None  # of the decodes, where the longest are to begin first
     lens: tuple[Tensor, Tensor]
     starts: Tensor  # of the extending sequences
     num_extend_tokens: int
-    schedules: dict[int | None, Schedule] = field(default_factory=dict)  # of the decodes, by window
 
 
 class TritonPaged(AttentionBackend):
     """Attention on NVIDIA GPUs, in any mix of decodes and extending sequences; safe to capture in a CUDA graph.
 
     Args:
-        runs: programs a KV head for a step's decodes; None: as many as the GPU holds at a time.
+        splits: fixes how decodes are split, as far as scratch memory allows; None: by the batch.
 
     Raises:
         ConfigError: there is no GPU for the kernels, and Triton's interpreter is off.
@@ -49,22 +47,32 @@ class TritonPaged(AttentionBackend):
 
     name = "triton"
     capturable = True
+    short_context = LONG
 
-    def __init__(self, runs: int | None = None) -> None:
+    def __init__(self, splits: Splits | None = None) -> None:
         if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
             raise ConfigError("attention triton needs an NVIDIA GPU that torch can use; use --attention torch_sdpa")
-        self.runs = runs
-        self._parts: dict[tuple[torch.device, int, int, int], Parts] = {}
+        self.splits = splits
+        self._numbers: dict[torch.device, Tensor] = {}
+        self._parts: dict[tuple[torch.device, int, int], Parts] = {}
 
     def prepare(self, batch: ForwardBatch) -> None:
-        n, table = batch.num_decodes, batch.page_table
+        n, table, splits, order = batch.num_decodes, batch.page_table, None, None
         gpu = torch.cuda.get_device_properties(table.device) if table.is_cuda else None
+        if n and self.splits:
+            splits = self.splits.within(n * batch.pool.num_kv_heads)
+        elif n:
+            sms = gpu.multi_processor_count if gpu else SMS_UNKNOWN
+            longest = table.shape[1] * batch.pool.page_size
+            splits = Splits.choose(n, batch.pool.num_kv_heads, longest, sms)
+            order = rank(batch.seq_lens[:n]) if n * batch.pool.num_kv_heads > 2 * sms else None
         batch.plan = Plan(
-            n,
+            splits,
             gpu is not None and gpu.major >= 9,
             getattr(gpu, "shared_memory_per_block_optin", 0),
             (table[:n] if batch.table_rows is None else table, table[n:]),
-            batch.table_rows,
+            self._own_rows(n, table.device) if batch.table_rows is None else batch.table_rows,
+            order,
             (batch.seq_lens[:n], batch.seq_lens[n:]),
             batch.query_starts[n:],
             batch.input_ids.shape[0] - n,
@@ -78,33 +86,28 @@ class TritonPaged(AttentionBackend):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         pool = batch.pool.k[layer], batch.pool.v[layer], batch.pool.scales(layer)
         dim_pad = triton.next_power_of_2(dim)
-        if plan.num_decodes:
-            tile = decode_tile(dim_pad, q.dtype)
-            parts = self._scratch(q, batch.pool, tile)
-            if window not in plan.schedules:
-                plan.schedules[window] = Schedule.make(plan.lens[0], window, tile, len(parts.arrived))
-            table, rows, lens = plan.tables[0], plan.table_rows, plan.lens[0]
-            decode(q[:n], *pool, table, rows, lens, out[:n], scale, tile, plan.schedules[window], parts, plan.pdl)
+        if plan.splits is not None:
+            parts = self._scratch(q, batch.pool.num_kv_heads)
+            tile = decode_tile(dim_pad, q.dtype, plan.splits.most > 1)
+            table, rows, order, lens = plan.tables[0], plan.table_rows, plan.order, plan.lens[0]
+            decode(q[:n], *pool, table, rows, order, lens, out[:n], scale, window, tile, plan.splits, parts, plan.pdl)
         if plan.num_extend_tokens:
             tile, tokens = prefill_tile(dim_pad, q.dtype, plan.shared_bytes), plan.num_extend_tokens
             prefill(q, *pool, plan.tables[1], plan.lens[1], plan.starts, tokens, out, scale, window, tile)
         return out
 
-    def _scratch(self, q: Tensor, pool: KVPool, tile: Tile) -> Parts:
+    def _own_rows(self, count: int, device: torch.device) -> Tensor:
+        """0 … count: steps outside of graphs then run the kernels that graphs compiled."""
+        known = self._numbers.get(device)
+        if known is None or len(known) < count:
+            size = triton.next_power_of_2(max(count, 256))
+            known = self._numbers[device] = torch.arange(size, dtype=torch.int32, device=device)
+        return known[:count]
+
+    def _scratch(self, q: Tensor, num_kv_heads: int) -> Parts:
         """Allocated once: captured graphs hold its address."""
-        heads, group, dim = pool.num_kv_heads, q.shape[1] // pool.num_kv_heads, q.shape[2]
-        key = q.device, heads, group, dim
+        group, dim = q.shape[1] // num_kv_heads, q.shape[2]
+        key = q.device, group, dim
         if key not in self._parts:
-            runs = self.runs or max(programs(tile, dim, pool.k.element_size(), q.device) // heads, 1)
-            self._parts[key] = Parts.allocate(runs, heads, group, dim, q.device)
+            self._parts[key] = Parts.allocate(group, dim, q.device)
         return self._parts[key]
-
-
-def programs(tile: Tile, dim: int, element_bytes: int, device: torch.device) -> int:
-    """Decode programs that a GPU holds at a time, by the shared memory that their tiles on the way take."""
-    if device.type != "cuda":
-        return PROGRAMS_UNKNOWN
-    gpu = torch.cuda.get_device_properties(device)
-    each = 2 * tile.tokens * triton.next_power_of_2(dim) * element_bytes * tile.stages
-    resident = max(1, min(gpu.shared_memory_per_multiprocessor // each, MOST_RESIDENT))
-    return int(gpu.multi_processor_count * resident)
