@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,6 +22,11 @@ POLICIES = ("fcfs", "lpm")
 FUSED = ("auto", "on", "off")
 SAMPLING_DEFAULTS = ("model", "neutral")
 DEFAULT_MODEL = "smollm2"
+
+
+def _need(config: EngineConfig | ServerConfig, ok: bool, name: str, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name.replace('_', '-')} is {getattr(config, name)!r}; expected {expected}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +56,7 @@ class EngineConfig:
     cuda_graph_max_batch: int | None = None  # requests in the largest graph; None: max_running
 
     def __post_init__(self) -> None:
-        def need(ok: bool, name: str, expected: str) -> None:
-            if not ok:
-                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)!r}; expected {expected}")
-
+        need = partial(_need, self)
         need(self.device in ("auto", *DEVICES), "device", "auto, cpu or cuda")
         need(self.dtype in ("auto", *DTYPES), "dtype", "auto, " + ", ".join(DTYPES))
         need(self.kv_cache_dtype in KV_CACHE_DTYPES, "kv_cache_dtype", " or ".join(KV_CACHE_DTYPES))
@@ -83,18 +86,15 @@ class ServerConfig:
     profile: str | None = None  # folder for the traces of /profile/start and /profile/stop; None: they are off
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port is {self.port}; expected 0 (any free one) to 65535")
-        if self.max_queue < 1:
-            raise ConfigError(f"max-queue is {self.max_queue}; expected at least 1")
+        need = partial(_need, self)
+        need(0 <= self.port <= 65535, "port", "0 (any free one) to 65535")
+        need(self.max_queue >= 1, "max_queue", "at least 1")
         key = self.api_key
         if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
             raise ConfigError("api-key is empty or not printable ASCII; leave it out to serve without a key")
         for name in ("client_timeout", "drain_timeout"):
-            if not 0 < getattr(self, name) < 1e6:
-                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; expected seconds above 0")
-        if self.sampling_defaults not in SAMPLING_DEFAULTS:
-            raise ConfigError(f"sampling-defaults is {self.sampling_defaults!r}; expected model or neutral")
+            need(0 < getattr(self, name) < 1e6, name, "seconds above 0")
+        need(self.sampling_defaults in SAMPLING_DEFAULTS, "sampling_defaults", "model or neutral")
 
 
 def _installed(*packages: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -63,11 +63,6 @@ class RequestStatus(Enum):
     FINISHED = "finished"
 
 
-def _require(ok: bool, param: str, value: object, expected: str) -> None:
-    if not ok:
-        raise RequestError(f"{param} is {value!r}; expected {expected}", param)
-
-
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -78,6 +73,25 @@ def _is_text(value: object) -> bool:
 
 def _is_real(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_OPTIONAL = frozenset("temperature top_k top_p min_p repetition_penalty seed max_tokens".split())  # None has a meaning
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (lambda v: _is_real(v) and 0 <= v <= 100, "a number from 0 (greedy) to 100"),
+    "top_k": (lambda v: _is_int(v) and 0 <= v < 2**31, "a whole number below 2^31; 0 or -1 is off"),
+    "top_p": (lambda v: _is_real(v) and 0 < v <= 1, "a number above 0, up to 1"),
+    "min_p": (lambda v: _is_real(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "repetition_penalty": (lambda v: _is_real(v) and v > 0, "a number above 0"),
+    "frequency_penalty": (lambda v: _is_real(v) and abs(v) <= 2, "a number from -2 to 2"),
+    "presence_penalty": (lambda v: _is_real(v) and abs(v) <= 2, "a number from -2 to 2"),
+    "seed": (lambda v: _is_int(v) and -(2**63) <= v < 2**63, "a 64-bit integer"),
+    "max_tokens": (lambda v: _is_int(v) and v >= 0, "a whole number from 0"),
+    "min_tokens": (lambda v: _is_int(v) and v >= 0, "a whole number from 0"),
+    "stop": (lambda v: all(map(_is_text, v)), "strings of valid Unicode that aren't empty"),
+    "stop_token_ids": (lambda v: all(_is_int(t) and t >= 0 for t in v), "token ids"),
+    "top_logprobs": (lambda v: _is_int(v) and 0 <= v <= 20, "a whole number from 0 to 20"),
+    "n": (lambda v: _is_int(v) and 1 <= v <= 128, "a whole number from 1 to 128"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,45 +132,16 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
-        self._check_ranges()
-        self._check_tokens()
-
-    def _check_ranges(self) -> None:
-        ranges: tuple[tuple[str, float, float, str], ...] = (
-            ("temperature", 0.0, 100.0, "a number from 0 (greedy) to 100"),
-            ("min_p", 0.0, 1.0, "a number from 0 to 1"),
-            ("frequency_penalty", -2.0, 2.0, "a number from -2 to 2"),
-            ("presence_penalty", -2.0, 2.0, "a number from -2 to 2"),
-        )
-        for name, low, high, expected in ranges:
+        for name, (fits, expected) in _RULES.items():
             value = getattr(self, name)
-            _require(value is None or (_is_real(value) and low <= value <= high), name, value, expected)
-        p = self.top_p
-        _require(p is None or (_is_real(p) and 0 < p <= 1), "top_p", p, "a number above 0, up to 1")
-        r = self.repetition_penalty
-        _require(r is None or (_is_real(r) and r > 0), "repetition_penalty", r, "a number above 0")
-        k = self.top_k
-        _require(k is None or (_is_int(k) and 0 <= k < 2**31), "top_k", k, "a whole number below 2^31; 0 or -1 is off")
-
-    def _check_tokens(self) -> None:
-        m = self.max_tokens
-        _require(m is None or (_is_int(m) and m >= 0), "max_tokens", m, "a whole number from 0")
-        _require(
-            _is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "a whole number from 0"
-        )
-        _require(_is_int(self.n) and 1 <= self.n <= 128, "n", self.n, "a whole number from 1 to 128")
-        top = self.top_logprobs
-        _require(_is_int(top) and 0 <= top <= 20, "top_logprobs", top, "a whole number from 0 to 20")
-        seed = self.seed
-        _require(seed is None or (_is_int(seed) and -(2**63) <= seed < 2**63), "seed", seed, "a 64-bit integer")
-        _require(all(_is_text(s) for s in self.stop), "stop", self.stop, "strings of valid Unicode that aren't empty")
-        ids = self.stop_token_ids
-        _require(all(_is_int(t) and t >= 0 for t in ids), "stop_token_ids", ids, "token ids")
+            if not (fits(value) or (value is None and name in _OPTIONAL)):
+                raise RequestError(f"{name} is {value!r}; expected {expected}", name)
         for token, bias in self.logit_bias.items():
-            ok = _is_int(token) and token >= 0 and _is_real(bias) and -100 <= bias <= 100
-            _require(ok, "logit_bias", {token: bias}, "token ids mapped to numbers from -100 to 100")
-        if m is not None and self.min_tokens > m:
-            raise RequestError(f"min_tokens is {self.min_tokens}, more than max_tokens {m}", "min_tokens")
+            if not (_is_int(token) and token >= 0 and _is_real(bias) and abs(bias) <= 100):
+                expected = "token ids mapped to numbers from -100 to 100"
+                raise RequestError(f"logit_bias is { ({token: bias})!r}; expected {expected}", "logit_bias")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}", "min_tokens")
 
     def resolve(self, defaults: Mapping[str, float | int], eos_token_ids: Iterable[int]) -> SamplingParams:
         """What the engine gets: no None but `max_tokens` and `seed`, the model's end-of-text ids among the stop ids.

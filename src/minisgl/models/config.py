@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from minisgl.types import ModelError
 
@@ -65,6 +65,8 @@ class ModelConfig:
     moe: MoEConfig | None = None
 
 
+T = TypeVar("T")
+Test = Callable[[Any], bool]
 _MISSING: Any = object()
 
 
@@ -85,44 +87,35 @@ class Values:
     def has(self, key: str) -> bool:
         return self._source.get(key) is not None
 
-    def _get(self, key: str, kinds: tuple[type, ...], default: Any, expected: str) -> Any:
-        value = self._source.get(key)
-        if value is None:
-            if default is _MISSING:
-                raise self.error(key, f"is missing; expected {expected}")
-            return default
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    def _get(self, key: str, kind: type[T], default: Any, expected: str, fits: Test = lambda value: True) -> T:
+        value: Any = self._source.get(key)
+        if value is None and default is _MISSING:
+            raise self.error(key, f"is missing; expected {expected}")
+        kinds = (int, float) if kind is float else (kind,)  # not isinstance: a bool is no number
+        if value is not None and not (type(value) in kinds and fits(value)):
             raise self.error(key, f"is {value!r}; expected {expected}")
-        return value
+        found: T = default if value is None else value
+        return found
 
     def integer(self, key: str, default: Any = _MISSING, low: int = 1) -> int:
-        value: int = self._get(key, (int,), default, f"a whole number from {low}")
-        if value < low:
-            raise self.error(key, f"is {value}; expected a whole number from {low}")
-        return value
+        return self._get(key, int, default, f"a whole number from {low}", lambda value: value >= low)
 
     def number(self, key: str, default: Any = _MISSING) -> float:
         """A finite number above 0."""
-        value = self._get(key, (int, float), default, "a number above 0")
-        if not (math.isfinite(value) and value > 0):
-            raise self.error(key, f"is {value}; expected a number above 0")
-        return float(value)
+        return float(self._get(key, float, default, "a number above 0", lambda value: 0 < value < math.inf))
 
     def flag(self, key: str, default: Any = _MISSING) -> bool:
-        value: bool = self._get(key, (bool,), default, "true or false")
-        return value
+        return self._get(key, bool, default, "true or false")
 
     def text(self, key: str, default: Any = _MISSING) -> str:
-        value: str = self._get(key, (str,), default, "a text")
-        return value
+        return self._get(key, str, default, "a text")
 
     def items(self, key: str, default: Any = _MISSING) -> list[Any]:
-        value: list[Any] = self._get(key, (list,), default, "a list")
-        return value
+        return self._get(key, list, default, "a list")
 
     def table(self, key: str) -> Values:
         """The object at `key`, empty if missing."""
-        return Values(self._get(key, (dict,), {}, "an object"), self.where, f"{self._prefix}{key}.")
+        return Values(self._get(key, dict, {}, "an object"), self.where, f"{self._prefix}{key}.")
 
     def nested(self) -> bool:
         """Whether a value is an object itself."""

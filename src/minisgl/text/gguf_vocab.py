@@ -1,13 +1,16 @@
 """Building a tokenizer from the vocabulary inside a GGUF file.
 
 GGUF keeps tokens, merges or scores, and the *name* of the rule that cuts text into words before merging
-(`tokenizer.ggml.pre`). The rules themselves come with the models' own tokenizers and are listed here.
+(`tokenizer.ggml.pre`). The rules themselves come with the models' own tokenizers and are listed in
+pre_tokenizers.toml.
 """
 
 from __future__ import annotations
 
 import logging
+import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -19,39 +22,9 @@ logger = logging.getLogger(__name__)
 # tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
-_DIGIT = r"\p{N}"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Llama 3 groups up to three digits, Qwen 2 takes them one by one; otherwise the two rules are the same.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = _WORDS.replace("DIGITS", r"\p{N}{1,3}")
-_QWEN2 = _WORDS.replace("DIGITS", r"\p{N}")
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
-_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")
-
-# Names that share rules; each rule cuts the pieces that the one before it left.
-_FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("default", _DEFAULT),
-    ("gpt-2 mpt olmo jais phi-2 exaone4 trillion granite-docling mellum", (_GPT2,)),
-    ("smollm starcoder refact command-r codeshell exaone minerva-7b", (_DIGIT, _GPT2)),
-    ("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 smaug-bpe dbrx glm4 chatglm-bpe", (_LLAMA3,)),
-    ("qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez grok-2 kormo", (_QWEN2,)),
-    ("tekken", (_TEKKEN,)),
-    ("deepseek-coder", _DEEPSEEK_CODER),
-)
-PRE_TOKENIZERS = {name: rules for names, rules in _FAMILIES for name in names.split()}
-# A word that is in the vocabulary as a whole is taken as it is, whatever the merges say; and the text gets a BOS.
-_WHOLE_WORDS = frozenset(
-    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
-)
-_NFC = frozenset(("qwen2", "deepseek-r1-qwen"))  # Qwen's tokenizer composes characters first
+_RULES = tomllib.loads(Path(__file__).with_name("pre_tokenizers.toml").read_text(encoding="utf-8"))
+PRE_TOKENIZERS = {name: tuple(family["rules"]) for family in _RULES["families"] for name in family["names"].split()}
+_WHOLE_WORDS, _NFC = frozenset(_RULES["whole_words"].split()), frozenset(_RULES["nfc"].split())
 
 
 def build(metadata: Mapping[str, Any]) -> Tokenizer | None:
