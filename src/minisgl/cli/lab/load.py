@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     for name, what in _TIMES.items():
         for point, value in (found[f"{name}_ms"] or {}).items():
             rows.append({"what": f"{what}, {point}", "value": value, "unit": "ms"})
+    found["settings"]["model"] = page.model_name(args.model)
     page.finish(replace(record, rows=rows, summary=found), args.out)
 
 

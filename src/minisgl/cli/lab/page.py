@@ -53,6 +53,11 @@ def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
+def model_name(model: str) -> str:
+    """A model as a report may name it: of a file or folder only what it is called, not where it lies."""
+    return Path(model).name if Path(model).exists() else model
+
+
 def us(row: dict[str, Any]) -> str:
     """The time of a row: its median, and p10 to p90."""
     times = row["us"]

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     spans += [Span(*span, "client", "request") for span in whole]
     trace = write_trace(args.out / "request.trace.json", spans, facts)
     print(f"trace for https://ui.perfetto.dev: {trace}")
-    summary = found.summary() | facts | {"model": args.model, "trace": trace.name}
+    summary = found.summary() | facts | {"model": page.model_name(args.model), "trace": trace.name}
     page.finish(replace(record, rows=found.rows(), summary=summary), args.out)
 
 

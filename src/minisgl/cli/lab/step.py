@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     rows = step.rows(found, ceilings, on_gpu, rate)
     summary: dict[str, Any] = {"step_us": round(found.step_us, 3), "gaps_us": round(found.gaps_us, 3), **sizes}
     summary |= {"plain_step_us": round(found.plain_us, 3), "mean_context": round(found.context, 1)}
-    summary |= {"model": args.shape or args.model, "dtype": engine.config.dtype, "route": found.route}
+    summary |= {"model": args.shape or page.model_name(args.model), "dtype": engine.config.dtype, "route": found.route}
     summary["floor_us"] = round(sum(row["floor_us"] or 0.0 for row in rows), 3)
     record = replace(record, ceilings=ceilings, rows=rows, summary=summary)
     page.ceilings(record)
