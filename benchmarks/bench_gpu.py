@@ -39,7 +39,9 @@ from common import environment, memory_bandwidth, spread
 
 from minisgl.cli.bench_offline import draw, measure
 from minisgl.cli.bench_options import Range
+from minisgl.engine import engine as engine_module
 from minisgl.engine.engine import Engine
+from minisgl.engine.runner import ModelRunner
 from minisgl.llm import LLM
 from minisgl.profiling import shapes
 from minisgl.profiling.floor import kv_bytes, step_bytes
@@ -51,6 +53,10 @@ TINY = {
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512,
     "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
 }  # fmt: skip
+START = [  # phases of an engine's start
+    (engine_module, "detect", "hardware"), (engine_module, "load_model", "model"),
+    (engine_module, "measure", "memory budget"), (ModelRunner, "capture", "graphs"),
+]  # fmt: skip
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
@@ -69,29 +75,35 @@ class Bench:
         self.args, self.tiny = args, args.tiny
         self.batches = (4, 2, 1) if self.tiny else (256, 128, 32, 8, 1)
         self.context, self.steps = (40, 6) if self.tiny else (672, 48)
+        self.phases = {"imports": process_seconds()}
         began = time.perf_counter()
         sizes = {"max_running": max(self.batches), "max_batched_tokens": 256 if self.tiny else 16384}
         device = {"device": "cpu", "num_pages": 200} if self.tiny else {"device": "cuda"}
         fused = "off" if self.tiny else args.fused
-        self.llm = LLM(
-            model=str(folder), dummy_weights=True, max_model_len=256 if self.tiny else 4096, fused_kernels=fused,
-            **sizes, **device,
-        )  # fmt: skip
+        with launch_split.watched(START) as watch:
+            self.llm = LLM(
+                model=str(folder), dummy_weights=True, max_model_len=256 if self.tiny else 4096, fused_kernels=fused,
+                **sizes, **device,
+            )  # fmt: skip
         self.engine: Engine = self.llm.engine
         self.engine_seconds = time.perf_counter() - began
+        self.phases |= {name: sum(times) / 1e6 for name, times in watch.times.items()}
         self.bandwidth = 0.0
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def start(self) -> dict[str, Any]:
+        began = time.perf_counter()
         self.llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1))
         seconds = process_seconds()
+        self.phases["first request"] = time.perf_counter() - began
         self.bandwidth = memory_bandwidth(self.engine.config.device)
         graphs = self.engine.runner.graphs
         pool = self.engine.runner.pool
         row: dict[str, Any] = {
             "first_token_s": round(seconds, 2),
             "engine_s": round(self.engine_seconds, 2),
+            "phases_s": {name: round(value, 3) for name, value in self.phases.items()},
             "graphs": len(graphs.sizes) * len(graphs.widths) if graphs else 0,
             "kv_tokens": pool.num_tokens,
             "bandwidth_gb_s": round(self.bandwidth / 1e9, 1),

@@ -65,25 +65,31 @@ def _sync() -> None:
 
 
 @contextmanager
-def _watched(engine: Engine) -> Iterator[Stopwatch]:
-    """The engine's launch and its pieces under a stopwatch."""
-    runner, watch = engine.runner, Stopwatch()
-    places: list[tuple[Any, str, str]] = [(runner, "launch", "launch")]
-    if runner.graphs is not None:
-        places += [(runner.graphs.state, "decode_words", "words"), (runner.upload, "send", "upload")]
-        places += [(step.plain, "replay", "replay") for step in runner.graphs._steps.values()]
-    if runner.download is not None:
-        places.append((runner, "download", "download"))
+def watched(places: list[tuple[Any, str, str]]) -> Iterator[Stopwatch]:
+    """Functions under a stopwatch: for each who has it, its name there, and the name of its times."""
+    watch = Stopwatch()
     with ExitStack() as stack:
         for owner, attribute, name in places:
             stack.enter_context(patch.object(owner, attribute, watch.wrap(name, getattr(owner, attribute))))
         yield watch
 
 
+def _launch(engine: Engine) -> list[tuple[Any, str, str]]:
+    """Where a launch and its pieces are."""
+    runner = engine.runner
+    places: list[tuple[Any, str, str]] = [(runner, "launch", "launch")]
+    if runner.graphs is not None:
+        places += [(runner.graphs.state, "decode_words", "words"), (runner.upload, "send", "upload")]
+        places += [(step.plain, "replay", "replay") for step in runner.graphs._steps.values()]
+    if runner.download is not None:
+        places.append((runner, "download", "download"))
+    return places
+
+
 def pieces(engine: Engine, steps: int, behind: bool) -> dict[str, float]:
     """Of the launches of `steps` decode steps of what runs in `engine`, nothing in flight."""
     handles = []
-    with _watched(engine) as watch:
+    with watched(_launch(engine)) as watch:
         for _ in range(steps):
             handles.append(engine.runner.launch(engine.scheduler.schedule()))
             if not behind:
