@@ -18,14 +18,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from common import HERE, append_line, environment, memory_bandwidth, spread
+from common import append_line, environment, memory_bandwidth, spread
 
 from minisgl.config import EngineConfig
 from minisgl.engine.engine import Engine
 from minisgl.engine.graphs import batch_sizes
 from minisgl.profiling.floor import kv_bytes, step_bytes
 from minisgl.profiling.shapes import SHAPES, shape_folder
-from minisgl.profiling.skinny import Choices, install
+from minisgl.profiling.skinny import skinny_parts, switch
 from minisgl.types import SamplingParams
 
 WARM_UP_STEPS = 4
@@ -115,12 +115,23 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128, help="tokens before each decoded one (default: 128)")
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed (default: 32)")
     parser.add_argument("--prefill", type=int, nargs="+", default=[512], help="prompt lengths (default: 512)")
-    parser.add_argument("--skinny-gemm", action="store_true", help="the laboratory's matrix products for small batches")
+    parser.add_argument(
+        "--compare-skinny", action="store_true", help="decode once more with all matrix products left to cuBLAS"
+    )
     parser.add_argument("--no-save", action="store_true", help="print only; append nothing to results/engine.jsonl")
     args = parser.parse_args()
     random.seed(0)
     with ExitStack() as stack:
         run(args, str(stack.enter_context(shape_folder(args.shape))) if args.shape else args.model)
+
+
+def decode_rows(engine: Engine, args: argparse.Namespace, bandwidth: float, how: str = "") -> list[dict[str, Any]]:
+    rows = []
+    for batch in args.batches:
+        value = spread(bench_decode(engine, batch, args.context, args.steps))
+        floor = (step_bytes(engine, batch) + batch * seen(engine, args.context) * kv_bytes(engine)) / bandwidth
+        rows.append(report(f"decode, batch {batch}{how}", "tok/s", value, floor, batch))
+    return rows
 
 
 def run(args: argparse.Namespace, model: str) -> None:
@@ -130,33 +141,29 @@ def run(args: argparse.Namespace, model: str) -> None:
         dtype=args.dtype,
         dummy_weights=args.dummy_weights or args.shape is not None,
         overlap=False if args.no_overlap else None,
-        cuda_graph=not (args.no_cuda_graph or args.skinny_gemm),
+        cuda_graph=not args.no_cuda_graph,
         attention=args.attention,
         kv_cache_dtype=args.kv_cache_dtype,
         max_running=max(args.batches),
         max_batched_tokens=max(2048, *args.batches),
     )
     engine = Engine(config)
-    if args.skinny_gemm:
-        measured = HERE / "results" / "gemm.jsonl"
-        changed = install(engine.model, Choices.read(measured) if measured.is_file() else None)
-        print(f"skinny_gemm in {changed} layers")
-        if not args.no_cuda_graph and engine.runner.attention.capturable and engine.device.type == "cuda":
-            engine.runner.capture(batch_sizes(max(args.batches)))
     device = engine.config.device
     bandwidth = memory_bandwidth(device)
     per_token = kv_bytes(engine)
     print(f"{environment(device)['hardware']}: memory bandwidth {bandwidth / 1e9:.1f} GB/s measured")
     name, most = args.shape or args.model, step_bytes(engine, max(args.batches))
     print(f"{name}, {engine.config.dtype}: {most / 1e6:.0f} MB of weights a step, {per_token} B of KV a token")
-    rows = []
-    for batch in args.batches:
-        value = spread(bench_decode(engine, batch, args.context, args.steps))
-        floor = (step_bytes(engine, batch) + batch * seen(engine, args.context) * per_token) / bandwidth
-        rows.append(report(f"decode, batch {batch}", "tok/s", value, floor, batch))
+    rows = decode_rows(engine, args, bandwidth)
     for length in args.prefill:
         value = spread(bench_prefill(engine, 1, length, 5))
         rows.append(report(f"prefill, {length} tokens", "tok/s", value, None, length))
+    if args.compare_skinny:
+        switch(skinny_parts(engine.model), False)
+        if engine.runner.graphs is not None:
+            engine.runner.graphs = None
+            engine.runner.capture(batch_sizes(max(args.batches)))
+        rows += decode_rows(engine, args, bandwidth, ", cuBLAS")
     if not args.no_save:
         settings = {k: v for k, v in vars(args).items() if k != "no_save"} | {"dtype": engine.config.dtype}
         record = environment(device) | {

@@ -40,7 +40,7 @@ run_part() {
                 tests/attention/test_triton_paged.py -k "moe or skinny or fp8 or fused or qkv_post"
             ;;
         gemm-first) timeout 240 "$python" benchmarks/bench_gemm.py --models qwen3-0.6b,qwen3-8b --batches 1,8 --seconds 120 ;;
-        skinny-engine) steps qwen3-0.6b "1 8 32" && steps qwen3-0.6b "1 8 32" --skinny-gemm && steps qwen3-8b "1 8 32" --skinny-gemm ;;
+        skinny-engine) steps qwen3-0.6b "1 8 32" --compare-skinny && steps qwen3-8b "1 8 32" --compare-skinny ;;
         fp8-attention) timeout 90 "$python" benchmarks/bench_attention.py --models qwen3-0.6b --fp8 ;;
         moe) timeout 240 "$python" benchmarks/bench_moe.py --tokens 1,32,256,4096 --seconds 150 ;;
         fp8-engine)

@@ -13,7 +13,7 @@ from torch import Tensor
 from minisgl.kernels.index.op import index
 from minisgl.kernels.qkv_post.op import qkv_post
 from minisgl.kernels.rmsnorm.op import add_rmsnorm, rmsnorm
-from minisgl.kernels.rope.op import rope
+from minisgl.kernels.rope.ladder import rope
 from minisgl.kernels.silu_mul.op import silu_mul
 from minisgl.kernels.spec import KernelSpec, Shape, Version, registry
 from minisgl.kernels.store.op import store

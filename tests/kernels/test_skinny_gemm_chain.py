@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisgl.kernels.skinny_gemm.ladder import skinny_gemm
+from minisgl.kernels.skinny_gemm.op import skinny_gemm
 from minisgl.kernels.tuning import Config
 
 HIDDEN, INNER, LAYERS, INPUTS = 512, 1536, 6, 40

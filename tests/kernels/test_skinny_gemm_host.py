@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minisgl.kernels import nvrtc
-from minisgl.kernels.skinny_gemm.ladder import build_for, tiling
+from minisgl.kernels.skinny_gemm.op import build_for, tiling
 from minisgl.kernels.spec import Shape
 from minisgl.kernels.tuning import Config
 
@@ -30,8 +30,8 @@ CASES: list[tuple[torch.dtype, int, tuple[int, int, int, int, int], Config]] = [
 def test_skinny_gemm_source_is_right_on_the_host(
     dtype: torch.dtype, add: int, sizes: tuple[int, int, int, int, int], config: Config, tmp_path: Path
 ) -> None:
-    shape: Shape = dict(zip(("tokens", "n", "k", "norm", "gated"), sizes, strict=True))
-    build = build_for(add, dtype, shape, *tiling(shape, config))
+    shape: Shape = dict(zip(("tokens", "n", "k", "norm", "gated"), sizes, strict=True)) | {"add": add}
+    build = build_for(dtype, shape, *tiling(shape, config))
     source = (nvrtc.FOLDER / build.source).read_text()
     source, found = re.subn(
         r"asm volatile\(\"mma.*?\)\);",

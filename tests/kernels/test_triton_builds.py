@@ -47,7 +47,7 @@ def main() -> None:
     from minisgl.kernels.sample import triton_filter
     from minisgl.kernels.sample import triton_v1 as sample
 
-    words = ("words", "table", "lengths", "last_token", "params", "ids", "positions", "lens")
+    words = ("words", "table", "lengths", "last_token", "row_params", "ids", "positions", "lens")
     words += ("out_params", "output_index")
     step = dict.fromkeys(words, "i32") | {"slots": "i64"}
     floats = {"temperature": "fp32", "top_p": "fp32", "min_p": "fp32", "top_k": "i32"}

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from minisgl.cli import profile
 from minisgl.kernels import tuning
+from minisgl.kernels.skinny_gemm.op import product_name
 from minisgl.kernels.spec import by_layout, registry
 from minisgl.kernels.tuning import Config, analytic, bucket, from_table, read_table, table_paths
-from minisgl.profiling.tune import best_config, write_table
+from minisgl.profiling.products import entries
+from minisgl.profiling.tune import best_config, with_products, write_table
 from minisgl.types import KernelError
 
 SHIPPED = Path(tuning.__file__).with_name("sm_90.json")
@@ -99,6 +102,39 @@ def test_table_goes_to_the_users_cache_by_default(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("MINISGL_CACHE", str(tmp_path))
     table = {"arch": "sm_70", "gpu": "a GPU", "torch": "2.9", "kernels": {}}
     assert write_table(table) == table_paths("sm_70")[0] == tmp_path / "tuning" / "sm_70.json"
+
+
+def _measured(tokens: int, engine: float, ours: float, scatter: float = 0.01) -> dict[str, Any]:
+    def variant(name: str, us: float, config: list[int] | None = None) -> dict[str, Any]:
+        return {"variant": name, "us": {"median": us, "p10": us - scatter, "p90": us + scatter}, "config": config}
+
+    variants = [variant("cublas", 0.5), variant("engine", engine), variant("v2", ours, [128, 2]), variant("v1", 0.1)]
+    return {"n": 64, "k": 32, "tokens": tokens, "norm": 1, "gated": 0, "add": 0, "variants": variants}
+
+
+def test_products_enter_the_table_where_ours_was_faster_than_the_scatter() -> None:
+    rows = [_measured(1, 3.0, 2.0), _measured(8, 2.0, 3.0), _measured(16, 2.015, 2.0), _measured(5, 3.0, 2.0)]
+    assert entries(rows) == {"skinny_gemm 64x32 norm": {"1": [128, 2]}}
+
+
+def test_products_measured_again_replace_what_the_table_had() -> None:
+    name = "skinny_gemm 64x32 norm"
+    table = {
+        "kernels": {"store": {"20": [64, 1]}, name: {"1": [256, 1], "32": [256, 4]}, "skinny_gemm 9x9": {"1": [1, 1]}}
+    }
+    merged = with_products(table, [_measured(1, 2.0, 3.0), _measured(8, 3.0, 2.0)])["kernels"]
+    assert merged == table["kernels"] | {name: {"8": [128, 2], "32": [256, 4]}}
+
+
+def test_shipped_products_are_ones_that_the_kernel_takes() -> None:
+    names = [name for name in read_table(SHIPPED) if name.startswith("skinny_gemm ")]
+    assert names
+    for name in names:
+        sizes, *fused = name.split()[1:]
+        n, k = map(int, sizes.split("x"))
+        assert product_name(n, k, "norm" in fused, "silu" in fused, "add" in fused) == name
+        assert n % 32 == k % 32 == 0
+        assert all(Config(*found) in registry()["skinny_gemm"].configs for found in read_table(SHIPPED)[name].values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -26,7 +26,7 @@ class ForwardBatch:
     page_table: Tensor  # [S, P] int32, rows padded with any valid page; [any, P] with `table_rows`
     seq_lens: Tensor  # [S] int32: tokens up to and including this step's
     query_starts: Tensor  # [S + 1] int32: prefix sums of the query lengths
-    logits_indices: Tensor  # [R] int64: rows of [T] whose logits are wanted
+    logits_indices: Tensor | None  # [R] int64: rows of [T] whose logits are wanted; None: of all
     num_decodes: int  # leading sequences with one query token and everything else in the pool
     seq_lens_host: np.ndarray  # [S]
     query_lens_host: np.ndarray  # [S]

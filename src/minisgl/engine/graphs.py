@@ -51,14 +51,13 @@ class DecodeStep:
         self.inputs = DecodeInputs.empty(self.size, device)
         self.tokens = torch.zeros(self.size, dtype=torch.int64, device=device)
         self._starts = torch.arange(self.size + 1, dtype=torch.int32, device=device)
-        self._every = torch.arange(self.size, device=device)
 
     def forward(self) -> Tensor:
         """Reads the rows' state, runs the model, counts the token computed. Returns logits [size, V]."""
         x, nothing = self.inputs, np.empty(0, np.int32)
         prepare(self.words, self.state.tables, self.pool.page_size, x)
         batch = ForwardBatch(
-            x.ids, x.positions, x.slots, self.table, x.lens, self._starts, self._every, self.size, nothing, nothing,
+            x.ids, x.positions, x.slots, self.table, x.lens, self._starts, None, self.size, nothing, nothing,
             self.pool, self.attention, table_rows=self.words[0],
         )  # fmt: skip
         self.attention.prepare(batch)

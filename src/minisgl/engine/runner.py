@@ -137,7 +137,7 @@ class ModelRunner:
         prompts = prompt_rows(batch)
         if prompts:
             (more,) = self.upload(np.concatenate([p.rows for p in prompts]))
-            forward.logits_indices = torch.cat([forward.logits_indices, more])
+            forward.logits_indices = torch.cat([forward.logits_indices, more])  # type: ignore[list-item]
         with span("forward"):
             hidden = self.model.hidden(forward)
             logits = self.model.logits(hidden[: len(handle.requests)])

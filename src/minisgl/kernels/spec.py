@@ -189,12 +189,6 @@ def fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
     return None
 
 
-def whole_vectors(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
-    """`supports` of a version that moves 16 bytes at a time and nothing else."""
-    vec = shape.get("vec", 16)
-    return None if vec == 16 else f"addresses, strides or rows are multiples of {vec} bytes; expected 16"
-
-
 @cache
 def _load_all() -> None:
     import minisgl.kernels as package

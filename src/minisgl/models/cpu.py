@@ -47,7 +47,7 @@ class PackedStack:
         """As `CausalLM.hidden`."""
         rotation, pool = self.model.rotary(batch.positions), batch.pool
         assert isinstance(rotation, Rotation)
-        rows = batch.logits_indices.long()
+        rows = batch.logits_indices.long()  # type: ignore[union-attr]
         out = torch.empty(rows.shape[0], self.model.config.hidden_size)
         self.native.forward(
             batch.input_ids.shape[0],

@@ -74,6 +74,25 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return weight.linear(x, bias) if isinstance(weight, PackedMatrix) else F.linear(x, weight, bias)
 
 
+def skinny_product(
+    x: Tensor, weight: Weight, norm: RMSNorm | None = None, gated: bool = False, add_to: Tensor | None = None
+) -> Tensor | None:
+    """norm(x) · weightᵀ for few rows of x, by our kernel where it is known to beat cuBLAS; else None, nothing done.
+
+    gated: gate rows, then up rows; silu(gate) · up comes back. add_to: the product is added to it, and it comes back.
+    """
+    from minisgl.kernels.skinny_gemm.op import skinny_gemm, tuned
+
+    assert isinstance(weight, Tensor)
+    config = tuned(x, weight, norm is not None, gated, add_to is not None)
+    if config is None:
+        return None
+    out = x.new_empty(x.shape[0], weight.shape[0] // (1 + gated)) if add_to is None else add_to
+    gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    skinny_gemm(x, weight, out, gain, eps, gated, add_to is not None, config=config)
+    return out
+
+
 def summand(tp: TPGroup, x: Tensor, width: int) -> Tensor:
     """Memory [T, width] for a rank's part of a sum over the ranks, such that adding it up needs no copy if possible.
 
@@ -152,7 +171,7 @@ class VocabTable(nn.Module):
 
     def __init__(self, build: Build) -> None:
         super().__init__()
-        self.vocab, self.fused = build.vocab, build.fused
+        self.vocab, self.fused, self.skinny = build.vocab, build.fused, build.fused
         rows, size = self.vocab.rows, self.vocab.size
         self.weight = build.weight(rows, build.config.hidden_size)
         if size < rows:
@@ -182,7 +201,9 @@ class VocabTable(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states [R, hidden_size] → logits [R, rows] of this rank's ids, -inf where a row stands for none."""
-        logits = linear(x, self.weight)
+        logits = skinny_product(x, self.weight) if self.skinny else None
+        if logits is None:
+            logits = linear(x, self.weight)
         if self.vocab.size < self.vocab.rows:
             logits[:, self.vocab.size :] = float("-inf")
         return logits
@@ -215,13 +236,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | Tensor, batch: ForwardBatch) -> Tensor:
         """`x` [T, hidden_size] → [T, hidden_size]; this step's keys and values go into the pool first."""
-        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        return self.o_proj(self.attend(self.qkv_proj(x), rotation, batch))  # type: ignore[no-any-return]
+
+    def attend(self, qkv: Tensor, rotation: Rotation | Tensor, batch: ForwardBatch) -> Tensor:
+        """What lies between the projections."""
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)
         if isinstance(rotation, Rotation):
             q = self._rotate_and_store(heads, rotation, batch)
         else:
             q = self._rotate_and_store_fused(heads, rotation, batch)
         out = batch.attention.forward(q, self.layer, batch, self.scale, self.window)
-        return self.o_proj(out.view(x.shape[0], -1))  # type: ignore[no-any-return]
+        return out.view(qkv.shape[0], -1)
 
     def _rotate_and_store(self, heads: Tensor, rotation: Rotation, batch: ForwardBatch) -> Tensor:
         num_qk = self.num_heads + self.num_kv_heads
@@ -261,13 +286,13 @@ class MLP(nn.Module):
         self.down_proj = RowLinear(build, total, config.hidden_size, config.mlp_bias, start, share)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up_proj(x)
-        if self.fused:
-            from minisgl.kernels.silu_mul.op import silu_mul
+        return self.down_proj(self.activate(self.gate_up_proj(x)))  # type: ignore[no-any-return]
 
-            out = gate_up.new_empty(x.shape[0], gate_up.shape[1] // 2)
-            silu_mul(gate_up, out)
-        else:
+    def activate(self, gate_up: Tensor) -> Tensor:
+        if not self.fused:
             gate, up = gate_up.chunk(2, dim=-1)
-            out = F.silu(gate).mul_(up)
-        return self.down_proj(out)  # type: ignore[no-any-return]
+            return F.silu(gate).mul_(up)
+        from minisgl.kernels.silu_mul.op import silu_mul
+
+        silu_mul(gate_up, out := gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2))
+        return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from minisgl.hardware import detect
 from minisgl.kernels.nvrtc import arch_of
 from minisgl.kernels.spec import KernelSpec, Shape, registry
 from minisgl.kernels.tuning import Config, bucket, table_paths
+from minisgl.profiling.ceilings import memory_bandwidth
+from minisgl.profiling.products import BATCHES, bench_product, entries, products, row_name
 from minisgl.profiling.replay import cold_copies, replay_us, rotated_inputs
 from minisgl.types import KernelError
 
@@ -42,8 +44,11 @@ def measure(spec: KernelSpec, shape: Shape) -> list[tuple[Config, float]]:
     return list(sums.items())
 
 
-def tune(report: Callable[[str], None] = print) -> dict[str, Any]:
+def tune(models: Iterable[str], report: Callable[[str], None] = print) -> dict[str, Any]:
     """The table for this GPU: by kernel and bucket of bytes moved, threads a block and work a thread.
+
+    Of `models` (names in `shapes.SHAPES`) the matrix products are measured beside cuBLAS. What is known already of the
+    products of others stays in the table.
 
     Raises:
         KernelError: there is no CUDA GPU.
@@ -63,7 +68,33 @@ def tune(report: Callable[[str], None] = print) -> dict[str, Any]:
                 f"{dict(timed)[best]:8.2f} µs (worst {worst:.2f})"
             )
     arch = arch_of(hardware.cuda.capability)
-    return {"arch": arch, "gpu": hardware.cuda.name, "torch": torch.__version__, "kernels": kernels}
+    table = {"arch": arch, "gpu": hardware.cuda.name, "torch": torch.__version__, "kernels": kernels}
+    known: dict[str, dict[str, list[int]]] = next(
+        (json.loads(path.read_text())["kernels"] for path in table_paths(arch) if path.is_file()), {}
+    )
+    kernels.update({name: rows for name, rows in known.items() if name not in kernels})
+    return with_products(table, _measured_products(models, report))
+
+
+def _measured_products(models: Iterable[str], report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    bandwidth = memory_bandwidth("cuda")
+    for model in models:
+        for batch in BATCHES:
+            for name, shape in products(model, batch):
+                variants = bench_product(shape, bandwidth)
+                report(f"{model} {name} batch {batch}: {variants[0]['variant']}, {variants[0]['us']['median']:.2f} µs")
+                yield {**shape, "variants": variants}
+
+
+def with_products(table: dict[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """`table` with the matrix products of `rows` instead of what it has of them, batch by batch."""
+    rows = list(rows)
+    kernels = {name: dict(buckets) for name, buckets in table["kernels"].items()}
+    for row in rows:
+        kernels.get(row_name(row), {}).pop(str(row["tokens"]), None)
+    for name, buckets in entries(rows).items():
+        kernels[name] = dict(sorted({**kernels.get(name, {}), **buckets}.items(), key=lambda item: int(item[0])))
+    return table | {"kernels": {name: buckets for name, buckets in kernels.items() if buckets}}
 
 
 def write_table(table: dict[str, Any], path: Path | None = None) -> Path:

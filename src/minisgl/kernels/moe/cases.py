@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minisgl.kernels.moe.op import moe
 from minisgl.kernels.nvrtc import Capability
-from minisgl.kernels.rmsnorm.op import triton_fits
+from minisgl.kernels.rmsnorm.ladder import triton_fits
 from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, register
 from minisgl.kernels.tuning import Config
 

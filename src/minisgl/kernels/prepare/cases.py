@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minisgl.kernels.prepare.op import NEVER, DecodeInputs, RowTables, prepare, reference
-from minisgl.kernels.rmsnorm.op import triton_fits
+from minisgl.kernels.rmsnorm.ladder import triton_fits
 from minisgl.kernels.spec import KernelSpec, Run, Shape, Version, register
 from minisgl.kernels.tuning import Config
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from minisgl.kernels import check
 from minisgl.kernels.nvrtc import CTYPES, ID_CTYPES, Build, prepare
 from minisgl.kernels.rmsnorm.op import floats_only
-from minisgl.kernels.rope.op import check_angles, head_lanes
 from minisgl.kernels.spec import Kernel, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.tuning import Config
 from minisgl.types import KernelError
@@ -142,19 +141,28 @@ def _check(
     return num_q
 
 
+def check_angles(cos_sin: Tensor, positions: Tensor, tokens: int, dim: int) -> None:
+    """Checks the arguments that say how far each token is rotated."""
+    check.dims("cos_sin", cos_sin, 2, "[positions, D]")
+    check.shape("cos_sin", cos_sin, (cos_sin.shape[0], dim))
+    check.dtype("cos_sin", cos_sin, (torch.float32,))
+    check.contiguous("cos_sin", cos_sin)
+    check.aligned("cos_sin", cos_sin, 16)
+    check.shape("positions", positions, (tokens,))
+    check.dtype("positions", positions, (torch.int32,))
+    check.contiguous("positions", positions)
+
+
+def head_lanes(dim: int) -> int:
+    """Lanes that hold a head, as `Head::kLanes` in head.cuh."""
+    return 1 << (dim // 8 - 1).bit_length()
+
+
 def build_for(dtype: torch.dtype, shape: Shape, work: int) -> Build:
-    return Build.of(
-        "qkv_post/qkv_post.cu",
-        "qkv_post",
-        DTYPE=CTYPES[dtype],
-        ID_T=ID_CTYPES[shape.get("id_bytes", 8)],
-        HEAD_DIM=shape["head_dim"],
-        NUM_Q=shape["heads"],
-        NUM_KV=shape["kv_heads"],
-        HAS_NORM=shape["norm"],
-        FP8=shape.get("fp8", 0),
-        WORK=work,
-    )
+    types = {"DTYPE": CTYPES[dtype], "ID_T": ID_CTYPES[shape.get("id_bytes", 8)]}
+    heads = {"HEAD_DIM": shape["head_dim"], "NUM_Q": shape["heads"], "NUM_KV": shape["kv_heads"]}
+    options = {"HAS_NORM": shape["norm"], "FP8": shape.get("fp8", 0), "WORK": work}
+    return Build.of("qkv_post/qkv_post.cu", "qkv_post", **types, **heads, **options)
 
 
 def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:

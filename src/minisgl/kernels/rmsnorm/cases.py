@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minisgl.kernels.rmsnorm.ladder import VERSIONS
 from minisgl.kernels.rmsnorm.op import ADD_KERNEL, KERNEL, add_rmsnorm, build_for, rmsnorm
 from minisgl.kernels.spec import Kernel, KernelSpec, Shape, register
 from minisgl.kernels.tuning import Config
@@ -66,7 +67,7 @@ def _spec(kernel: Kernel, add: int) -> KernelSpec:
         run=add_rmsnorm if add else rmsnorm,
         reference=_add_reference if add else _reference,
         library=_add_library if add else _library,
-        versions=kernel.versions,
+        versions=(*kernel.versions, *VERSIONS),
         sizes=kernel.sizes,
         cost=kernel.cost,
         inputs=partial(_inputs, bool(add)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 from typing import Any
 
@@ -85,13 +84,6 @@ def floats_only(where: Capability, dtype: torch.dtype, shape: Shape) -> str | No
     return None if dtype in CTYPES else f"expected one of {', '.join(map(str, CTYPES))}"
 
 
-def triton_fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
-    """`supports` of Triton versions."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton isn't installed"
-    return floats_only(where, dtype, shape)
-
-
 def _fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
     if shape["width"] > 8 * 1024 * shape.get("vec", 1):
         return f"a row of {shape['width']} is too wide for one block at {shape.get('vec', 1)} elements a vector"
@@ -125,20 +117,14 @@ def _v2(add: int, device: int, dtype: torch.dtype, shape: Shape, config: Config)
     return run
 
 
-def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
-    from minisgl.kernels.rmsnorm import triton_v1
-
-    return triton_v1.run
-
-
 def _cost(add: int, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
     moved = (shape["tokens"] * (2 + 2 * add) + 1) * shape["width"] * dtype.itemsize
     return moved, shape["tokens"] * shape["width"] * (4 + add)
 
 
 def _kernel(name: str, add: int) -> Kernel:
-    ours, fallback = Version("v2", "cuda", _fits, partial(_v2, add)), Version("v1", "triton", triton_fits, _v1)
-    return Kernel(name, (ours, fallback), ("tokens", "width", "vec"), partial(_cost, add))
+    ours = Version("v2", "cuda", _fits, partial(_v2, add))
+    return Kernel(name, (ours,), ("tokens", "width", "vec"), partial(_cost, add))
 
 
 KERNEL, ADD_KERNEL = register(_kernel("rmsnorm", 0)), register(_kernel("add_rmsnorm", 1))

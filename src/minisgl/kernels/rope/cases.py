@@ -1,4 +1,4 @@
-"""rope in the laboratory: its reference, what it is tested and measured with, and its older versions."""
+"""rope in the laboratory: its reference, what it is tested and measured with, and its versions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisgl.kernels.rope.ladder import VERSIONS
-from minisgl.kernels.rope.op import KERNEL, build_for, rope
+from minisgl.kernels.rope.ladder import SIZES, VERSIONS, build_for, cost, rope
 from minisgl.kernels.spec import KernelSpec, Shape, register
 from minisgl.kernels.tuning import Config
 
@@ -52,16 +51,16 @@ def _case(tokens: int, heads: int, kv_heads: int, head_dim: int) -> Shape:
 
 SPEC = register(
     KernelSpec(
-        name=KERNEL.name,
+        name="rope",
         run=rope,
         reference=_reference,
         library=_reference,
-        versions=(*KERNEL.versions, *VERSIONS),
-        sizes=KERNEL.sizes,
+        versions=VERSIONS,
+        sizes=SIZES,
         inputs=_inputs,
         outputs=(),
         updated=(0, 1),
-        cost=KERNEL.cost,
+        cost=cost,
         tolerance={torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
         cases=tuple(
             _case(*sizes)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisgl.kernels.rmsnorm.op import triton_fits
+from minisgl.kernels.rmsnorm.ladder import triton_fits
 from minisgl.kernels.sample.noise import gumbel_noise
 from minisgl.kernels.sample.op import sample_tokens
 from minisgl.kernels.spec import FLOATS, KernelSpec, Run, Shape, Version, register

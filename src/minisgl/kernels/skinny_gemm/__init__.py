@@ -1,1 +1,1 @@
-"""Matrix products with few rows of activations, fused with their neighbours: in the laboratory until measured."""
+"""Matrix products with few rows of activations, fused with their neighbours."""

@@ -17,7 +17,7 @@ import torch
 from minisgl.gguf_file import cache_dir
 from minisgl.types import KernelError
 
-Table = Mapping[str, Mapping[int, tuple[int, int]]]  # kernel → bucket → (threads, work)
+Table = Mapping[str, Mapping[int, tuple[int, int]]]  # kernel or product → bucket → (threads, work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +89,16 @@ def choose(kernel: str, device: int, num_bytes: int) -> Config:
     properties = torch.cuda.get_device_properties(device)
     measured = from_table(_table(f"sm_{properties.major}{properties.minor}"), kernel, num_bytes)
     return measured or analytic(num_bytes, properties.multi_processor_count)
+
+
+def batch_bucket(rows: int) -> int:
+    """Products are tuned by rows of activations: one, or rounded up to a power of two from 8 on."""
+    return 1 if rows == 1 else max(8, 1 << (rows - 1).bit_length())
+
+
+@cache
+def choose_product(product: str, device: int, rows: int) -> Config | None:
+    """The configuration of a matrix product that beat cuBLAS where it was measured; None: it didn't, or wasn't."""
+    major, minor = torch.cuda.get_device_capability(device)
+    found = _table(f"sm_{major}{minor}").get(product, {}).get(batch_bucket(rows))
+    return Config(*found) if found else None

@@ -9,7 +9,8 @@ import torch
 from minisgl.kernels import check
 from minisgl.kernels.index.op import build_for
 from minisgl.kernels.nvrtc import Build, prepare
-from minisgl.kernels.spec import Run, Shape, Version, fits, whole_vectors
+from minisgl.kernels.spec import Run, Shape, Version, fits
+from minisgl.kernels.store.ladder import whole_vectors
 from minisgl.kernels.tuning import Config
 
 

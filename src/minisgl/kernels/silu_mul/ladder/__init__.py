@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from minisgl.kernels.rmsnorm.op import triton_fits
+from minisgl.kernels.rmsnorm.ladder import triton_fits
 from minisgl.kernels.spec import Run, Shape, Version
 from minisgl.kernels.tuning import Config
 

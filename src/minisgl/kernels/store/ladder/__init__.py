@@ -13,13 +13,19 @@ from torch import Tensor
 
 from minisgl.kernels import check
 from minisgl.kernels.nvrtc import Build, Capability, prepare
-from minisgl.kernels.spec import Run, Shape, Version, fits, whole_vectors
+from minisgl.kernels.spec import Run, Shape, Version, fits
 from minisgl.kernels.store.op import build_for, check_arguments, row_bytes_of
 from minisgl.kernels.tuning import Config, choose
 from minisgl.types import KernelError
 
 SHARED_BYTES = 48 << 10  # that a block has without asking
 GROUP = 4  # tokens of a warp in `shuffle`
+
+
+def whole_vectors(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
+    """`supports` of a version that moves 16 bytes at a time and nothing else."""
+    vec = shape.get("vec", 16)
+    return None if vec == 16 else f"addresses, strides or rows are multiples of {vec} bytes; expected 16"
 
 
 def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:

@@ -55,9 +55,8 @@ extern "C" __global__ void __launch_bounds__(WARPS* kWarp)
         const int step = warp + d * WARPS;
         if (step < kSteps) next[d].load(mine, norm, step * kStep + quad * 8);
     }
-    if (EARLY) pdl::trigger();
+    pdl::trigger();
     pdl::wait();
-    if (!EARLY) pdl::trigger();
     for (int first = warp; first < kSteps; first += DEPTH * WARPS) {
         Eight input[DEPTH][kBatchTiles];
 #pragma unroll
