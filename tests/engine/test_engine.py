@@ -192,6 +192,42 @@ def test_engine_prompt_logprobs_are_those_of_the_model(
     assert driver.engine.stats().output_tokens == sum(len(a.tokens) for a in driver.answers.values())
 
 
+@LAGS
+def test_engine_prompt_logprobs_of_one_token_are_none(folder: Path, overlap: bool) -> None:
+    driver = Driver(folder, overlap=overlap)
+    alone = driver.ask([5], replace(GREEDY, max_tokens=0, prompt_logprobs=True))
+    driver.add(PROMPT, replace(GREEDY, max_tokens=4, logprobs=True))
+    beside = driver.ask([5], replace(GREEDY, max_tokens=2, prompt_logprobs=True))
+    assert (alone.tokens, len(beside.tokens)) == ([], 2)
+    assert not any(o.prompt_logprobs for a in (alone, beside) for o in a.outputs)
+    driver.run()
+    assert not driver.engine.runner.prompt_logprobs
+
+
+@LAGS
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_engine_keeps_no_prompt_logprobs_of_an_abort(folder: Path, overlap: bool, steps: int) -> None:
+    driver = Driver(folder, overlap=overlap, max_batched_tokens=20)
+    id = driver.add(PROMPT * 6, replace(GREEDY, max_tokens=2, prompt_logprobs=True))
+    for _ in range(steps):
+        driver.step()
+    driver.engine.abort(id)
+    driver.run()
+    assert driver.answers[id].finish is FinishReason.ABORT
+    assert not driver.engine.runner.prompt_logprobs
+
+
+@LAGS
+def test_engine_sends_prompt_logprobs_once_though_preempted(folder: Path, overlap: bool) -> None:
+    driver = Driver(folder, overlap=overlap, page_size=4, num_pages=14)
+    ids = [driver.add(PROMPT, replace(GREEDY, max_tokens=30, prompt_logprobs=True)) for _ in range(3)]
+    driver.run()
+    assert driver.engine.stats().preemptions > 0
+    for id in ids:
+        assert [len(o.prompt_logprobs) for o in driver.answers[id].outputs] == [len(PROMPT) - 1] + 29 * [0]
+    assert not driver.engine.runner.prompt_logprobs
+
+
 def test_engine_priority_decides_who_waits(folder: Path) -> None:
     driver = Driver(folder, max_running=1)
     low = driver.add(PROMPT, replace(GREEDY, max_tokens=3), priority=-1)

@@ -135,6 +135,8 @@ class Engine:
         self._check_ids(prompt, params)
         request = Request(request_id, array("i", prompt), params, priority)
         self.scheduler.add(request)
+        if params.prompt_logprobs:
+            self.runner.prompt_logprobs[request_id] = []
         if request.max_total == request.num_prompt:  # max_tokens=0: nothing to compute
             self.scheduler.finish(request, FinishReason.LENGTH)
             self._pending.append(TokenOutput(request_id, [], finish=FinishReason.LENGTH))
@@ -153,14 +155,18 @@ class Engine:
         """Ends a request whose stop string was seen; nothing more is sent of it. Unknown ids are ignored."""
         request = self.scheduler.requests.get(request_id)
         if request is not None:
-            self.scheduler.finish(request, FinishReason.STOP)
+            self._drop(request, FinishReason.STOP)
 
     def abort(self, request_id: str) -> None:
         """Ends a request that nobody waits for; its terminal output comes with the next step."""
         request = self.scheduler.requests.get(request_id)
         if request is not None:
-            self.scheduler.finish(request, FinishReason.ABORT)
+            self._drop(request, FinishReason.ABORT)
             self._pending.append(TokenOutput(request_id, [], finish=FinishReason.ABORT))
+
+    def _drop(self, request: Request, reason: FinishReason) -> None:
+        self.scheduler.finish(request, reason)
+        self.runner.prompt_logprobs.pop(request.id, None)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -183,16 +189,11 @@ class Engine:
     def _collect(self, handle: StepHandle) -> list[TokenOutput]:
         with span("collect"):
             result = self.runner.collect(handle)
-        plain = not (result.logprobs or self.runner.prompt_logprobs)
-        place = {} if plain else {r.id: i for i, r in enumerate(handle.requests)}
-        outputs = []
-        for request, reason in self.scheduler.collect(handle.batch, result.tokens):
-            if plain and request.params.max_tokens != 0:  # most of them, and most of a decode step's time here
-                tokens = [request.tokens[-1]]
-                outputs.append(TokenOutput(request.id, tokens, _NONE, reason, None, request.num_cached, _NONE))
-            else:
-                outputs.append(self._output(request, reason, place, result))
-        return outputs
+        gained = self.scheduler.collect(handle.batch, result.tokens)
+        if not (result.logprobs or self.runner.prompt_logprobs):  # most steps, and most of a decode step's time here
+            return [TokenOutput(r.id, [r.tokens[-1]], _NONE, end, None, r.num_cached, _NONE) for r, end in gained]
+        place = {r.id: i for i, r in enumerate(handle.requests)}
+        return [self._output(request, reason, place, result) for request, reason in gained]
 
     def _output(
         self, request: Request, reason: FinishReason | None, place: dict[str, int], result: StepResult

@@ -30,7 +30,7 @@ def prompt_rows(batch: ScheduledBatch) -> list[PromptRows]:
     """What of a step predicts tokens of prompts whose log-probabilities are wanted."""
     found, row = [], 0
     for request, start, count in zip(batch.requests, batch.starts, batch.counts, strict=True):
-        if request.params.prompt_logprobs:
+        if request.params.prompt_logprobs and not request.num_output:  # they were sent before a preemption
             targets = np.array(request.tokens[start + 1 : min(start + count, request.num_prompt - 1) + 1], np.int32)
             if targets.size:
                 rows = np.arange(row, row + targets.size, dtype=np.int32)
