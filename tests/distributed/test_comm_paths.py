@@ -23,13 +23,13 @@ from minisgl.distributed.paths import (
     NEEDS,
     Machine,
     PathTable,
-    cached_tables,
     keep_table,
     load_table,
     table_file,
 )
 from minisgl.distributed.symmetric import register
 from minisgl.distributed.torch_comm import gloo_group, meet
+from minisgl.profiling.comm_tables import cached_tables, ranges
 from minisgl.types import CommunicationError
 
 KIB = 1 << 10
@@ -57,7 +57,7 @@ def test_choice_follows_the_published_crossover() -> None:
     crossing = [n for n in range(256 * KIB, 1024 * KIB, KIB) if PUBLISHED.choose(n, paths) == "direct"]
     assert crossing
     assert crossing == list(range(crossing[0], 1024 * KIB, KIB))  # one crossing, no going back and forth
-    assert list(PUBLISHED.ranges(paths)) == [(512 * KIB, "one_shot"), (8192 * KIB, "direct")]
+    assert list(ranges(PUBLISHED, paths)) == [(512 * KIB, "one_shot"), (8192 * KIB, "direct")]
 
 
 def test_estimate_joins_measured_sizes_in_log_log_scale() -> None:

@@ -190,17 +190,6 @@ def test_abort_ends_a_request_once(plain) -> None:
     assert processor.process([TokenOutput("r", [], finish=FinishReason.ABORT)]) == ([], [])
 
 
-def test_fail_ends_every_request(plain) -> None:
-    processor = start(plain)
-    processor.add("s", PROMPT, SamplingParams())
-    failed = processor.fail("the engine died")
-    assert [(d.request_id, d.finish_reason, d.error) for d in failed] == [
-        ("r", FinishReason.ERROR, "the engine died"),
-        ("s", FinishReason.ERROR, "the engine died"),
-    ]
-    assert (len(processor), processor.fail("again")) == (0, [])
-
-
 def test_requests_do_not_mix(plain) -> None:
     processor = OutputProcessor(plain)
     ids = {"r": one_by_one(plain, "東"), "s": one_by_one(plain, "京")}

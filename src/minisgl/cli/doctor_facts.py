@@ -234,10 +234,11 @@ def probe_kernel(capability: tuple[int, int]) -> float | str:
 
 def _comm_tables() -> tuple[CommTable, ...]:
     try:
-        from minisgl.distributed.paths import ANYWHERE, cached_tables
+        from minisgl.distributed.paths import ANYWHERE
+        from minisgl.profiling.comm_tables import cached_tables, gpu_names, ranges
     except ImportError:
         return ()
-    return tuple(CommTable(t.machine.gpu_names, tuple(t.ranges(ANYWHERE))) for t in cached_tables())
+    return tuple(CommTable(gpu_names(t.machine), tuple(ranges(t, ANYWHERE))) for t in cached_tables())
 
 
 # -- the default job -----------------------------------------------------------------------------------------------

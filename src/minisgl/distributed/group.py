@@ -27,11 +27,9 @@ class Communicator(Protocol):
 
     def all_gather(self, x: Tensor) -> Tensor:
         """`x` [...] of every rank: [size, ...]."""
-        ...
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum of `x` [size, ...] over the ranks, of which this rank gets its own row [...]."""
-        ...
 
     def broadcast(self, x: Tensor, src: int) -> None:
         """Overwrites `x` with rank `src`'s."""
@@ -41,7 +39,6 @@ class Communicator(Protocol):
 
     def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """See `TPGroup.workspace`."""
-        ...
 
     def close(self) -> None:
         """Frees what the group holds; idempotent."""

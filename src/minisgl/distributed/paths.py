@@ -15,7 +15,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -37,10 +37,6 @@ class Machine(msgspec.Struct, frozen=True):
     driver: str
     nccl: str
     torch: str
-
-    @property
-    def gpu_names(self) -> tuple[str, ...]:
-        return tuple(gpu.partition(";")[0] for gpu in self.gpus)
 
 
 class PathTable(msgspec.Struct, frozen=True):
@@ -73,14 +69,6 @@ class PathTable(msgspec.Struct, frozen=True):
         best = min(sorted(paths), key=lambda path: self.estimate(path, num_bytes), default="direct")
         return best if math.isfinite(self.estimate(best, num_bytes)) else "direct"
 
-    def ranges(self, paths: Collection[str]) -> Iterator[tuple[int, str]]:
-        """The best of `paths` by size: (largest bytes, path), from small to large; each path serves up to its bytes."""
-        sizes = sorted({size for path in paths for size in self.us.get(path, {})})
-        chosen = [(size, self.choose(size, paths)) for size in sizes]
-        for (size, path), (_, after) in zip(chosen, [*chosen[1:], (0, "")], strict=True):
-            if path != after:
-                yield size, path
-
     def to_json(self) -> bytes:
         return msgspec.json.encode(self)
 
@@ -101,17 +89,12 @@ def table_file(machine: Machine) -> Path:
 
 def load_table(machine: Machine) -> PathTable | None:
     """The table that was kept for `machine`; None if there is none, or none that can be read."""
-    found = _read(table_file(machine))
+    found = read_table(table_file(machine))
     return found if found is not None and found.machine == machine else None
 
 
-def cached_tables() -> list[PathTable]:
-    """Every table that is kept on this machine, few ranks first."""
-    found = (_read(path) for path in sorted((cache_dir() / "comm").glob("*.json")))
-    return sorted((t for t in found if t is not None), key=lambda t: len(t.machine.gpus))
-
-
-def _read(path: Path) -> PathTable | None:
+def read_table(path: Path) -> PathTable | None:
+    """The table in a file; None if there is none, or none that can be read."""
     try:
         return PathTable.from_json(path.read_bytes())
     except (OSError, CommunicationError):

@@ -40,10 +40,7 @@ def prompt_rows(batch: ScheduledBatch) -> list[PromptRows]:
 
 
 def read_prompts(
-    prompts: list[PromptRows],
-    hidden: Tensor,
-    model: CausalLM,
-    results: dict[str, list[TokenLogprob]],
+    prompts: list[PromptRows], hidden: Tensor, model: CausalLM, results: dict[str, list[TokenLogprob]]
 ) -> None:
     """Adds to `results`, by request id. Waits for the device: nobody scores prompts at a decode's pace.
 

@@ -93,7 +93,6 @@ class Loadable(Protocol):
 
     def places(self, path: str) -> Iterator[tuple[str, Place]]:
         """Names in the checkpoint and where those tensors go; `path` is the layer's own place in the model."""
-        ...
 
 
 def model_places(model: nn.Module) -> dict[str, Place]:

@@ -25,6 +25,7 @@ from minisgl.hardware import detect
 from minisgl.models.registry import read_config
 from minisgl.profiling.ceilings import memory_bandwidth
 from minisgl.profiling.clock import spread
+from minisgl.profiling.comm_tables import ranges
 from minisgl.profiling.floor import body_parameters
 from minisgl.profiling.ranks import run_ranks
 from minisgl.profiling.record import Record, new_record
@@ -196,8 +197,8 @@ def _cuda_facts(comm: Any) -> dict[str, Any]:
         "start_ms": {part: 1e3 * seconds for part, seconds in comm.start_s.items()},
         "probe_ms": 1e3 * probe_s,
         "host_us": statistics.median(host),
-        "chosen": [list(pair) for pair in table.ranges(ANYWHERE)],
-        "chosen_workspace": [list(pair) for pair in table.ranges(in_place)],
+        "chosen": [list(pair) for pair in ranges(table, ANYWHERE)],
+        "chosen_workspace": [list(pair) for pair in ranges(table, in_place)],
     }
 
 
@@ -220,7 +221,7 @@ def bus_factor(op: str, world: int) -> float:
 def crossovers(rows: Sequence[Row], op: str, paths: Sequence[str] | None = None) -> list[tuple[int, str]]:
     """The fastest path by size, as (largest bytes, path): where it changes, paths cross over."""
     table = as_table(rows, op)
-    return list(table.ranges([path for path in table.us if paths is None or path in paths]))
+    return list(ranges(table, [path for path in table.us if paths is None or path in paths]))
 
 
 def as_table(rows: Sequence[Row], op: str) -> PathTable:

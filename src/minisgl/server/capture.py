@@ -18,7 +18,6 @@ class Recorder(Protocol):
     def start(self) -> None: ...
     def stop(self, engine_file: str | None) -> str:
         """Ends the recording; the path of the trace made of it and of what the engine wrote, if it wrote anything."""
-        ...
 
 
 @dataclass(slots=True)

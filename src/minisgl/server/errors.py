@@ -16,6 +16,13 @@ from minisgl.types import EngineDeadError, MinisglError, OverloadedError, Reques
 _HEADERS = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}  # seconds; the scheme of the key
 
 
+_STATUS: dict[type[Exception], tuple[int, str | None]] = {
+    RequestError: (400, None),
+    OverloadedError: (503, "overloaded"),
+    EngineDeadError: (503, "engine_unavailable"),
+}
+
+
 class HttpError(RequestError):
     """A request that is refused with a status or a code of its own."""
 
@@ -39,18 +46,7 @@ class ErrorBody(msgspec.Struct):
 
 def describe(error: Exception) -> tuple[int, ErrorBody]:
     """Status and body for `error`; the text of errors that aren't ours stays in the log."""
-    code: str | None = None
-    match error:
-        case HttpError():
-            status, code = error.status, error.code
-        case RequestError():
-            status = 400
-        case OverloadedError():
-            status, code = 503, "overloaded"
-        case EngineDeadError():
-            status, code = 503, "engine_unavailable"
-        case _:
-            status = 500
+    status, code = (error.status, error.code) if isinstance(error, HttpError) else _STATUS.get(type(error), (500, None))
     text = str(error) if isinstance(error, MinisglError) else "internal error, see the log"
     text = text.encode(errors="replace").decode()  # it may quote half a surrogate pair
     kind = "invalid_request_error" if status < 500 else "server_error"

@@ -24,6 +24,25 @@ class Detokenizer(ABC):
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
 
+    def _context(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The end of a prompt: it may end inside a character, and begins where one may begin."""
+        context: list[int] = []
+        for i in reversed(prompt_ids):
+            if self._is_kept(i):
+                context.append(i)
+                if len(context) >= _CONTEXT and not self._is_byte(i):
+                    break
+        return context[::-1]
+
+    def _is_kept(self, token_id: int) -> bool:
+        return token_id not in self._skipped and bool(self._tokenizer.token_bytes(token_id))
+
+    def _is_byte(self, token_id: int) -> bool:
+        """Whether this is a single byte of a character, in a vocabulary that has other tokens too."""
+        if not self._tokenizer.byte_fallback:
+            return False
+        return is_byte_token(self._tokenizer.backend.id_to_token(token_id) or "")
+
     @abstractmethod
     def push(self, ids: Iterable[int]) -> str:
         """The text that these ids complete; may be empty."""
@@ -47,13 +66,7 @@ class ByteLevelDetokenizer(Detokenizer):
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
         super().__init__(tokenizer, skip_special_tokens)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        context = []
-        for i in reversed(prompt_ids):
-            if i not in self._skipped and tokenizer.token_bytes(i):
-                context.append(i)
-                if len(context) == _CONTEXT:
-                    break
-        self.push(reversed(context))  # a prompt may end inside a character
+        self.push(self._context(prompt_ids))
 
     def push(self, ids: Iterable[int]) -> str:
         token_bytes, skipped = self._tokenizer.token_bytes, self._skipped
@@ -78,13 +91,7 @@ class WindowDetokenizer(Detokenizer):
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
         super().__init__(tokenizer, skip_special_tokens)
-        context: list[int] = []
-        for i in reversed(prompt_ids):
-            if self._is_kept(i):
-                context.append(i)
-                if len(context) >= _CONTEXT and not self._is_byte(i):
-                    break
-        self._window = context[::-1]
+        self._window = self._context(prompt_ids)
         self._start_at_end()
 
     def push(self, ids: Iterable[int]) -> str:
@@ -113,11 +120,3 @@ class WindowDetokenizer(Detokenizer):
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._window, skip_special_tokens=False)
-
-    def _is_kept(self, token_id: int) -> bool:
-        return token_id not in self._skipped and self._tokenizer.backend.id_to_token(token_id) is not None
-
-    def _is_byte(self, token_id: int) -> bool:
-        if not self._tokenizer.byte_fallback:
-            return False
-        return is_byte_token(self._tokenizer.backend.id_to_token(token_id) or "")

@@ -99,15 +99,8 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
         types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
         merges = merges_from_scores(tokens, metadata["tokenizer.ggml.scores"], types)
     unknown = special_tokens(metadata).get("unk_token")
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=_vocabulary(metadata),
-            merges=merges,
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
+    vocab = _vocabulary(metadata)
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     spaces = normalizers.Replace(" ", "▁")
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):

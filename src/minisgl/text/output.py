@@ -71,11 +71,6 @@ class OutputProcessor:
         stream = self._streams.pop(request_id, None)
         return None if stream is None else stream.advance(TokenOutput(request_id, [], finish=FinishReason.ABORT))
 
-    def fail(self, error: str) -> list[TextDelta]:
-        """Ends every request in flight with `error`: the engine is gone."""
-        streams, self._streams = self._streams, {}
-        return [s.advance(TokenOutput(i, [], finish=FinishReason.ERROR, error=error)) for i, s in streams.items()]
-
 
 @dataclass(slots=True)
 class _Stream:
