@@ -25,9 +25,10 @@ import torch
 from common import spread
 
 from minisgl.engine.engine import Engine
-from minisgl.engine.graphs import Captured, _captured, collector_off
+from minisgl.engine.graphs import Captured, _captured
 from minisgl.kernels import nvrtc
 from minisgl.profiling.ceilings import EMPTY
+from minisgl.timing import collector_off
 
 PIECES = ("words", "upload", "replay", "download")
 CHAIN = (1, 100, 300)  # kernels of a graph

@@ -1,4 +1,4 @@
-"""The span hook: where time goes, if someone asks.
+"""The span hook: where time goes, if someone asks. And Python's garbage collector, kept out of where it harms.
 
 Nothing is measured unless `set_span_hook` installs a hook; `span` then costs one call of it. Off, it costs one
 comparison and returns a shared context manager that does nothing.
@@ -6,9 +6,10 @@ comparison and returns a shared context manager that does nothing.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from minisgl.types import ConfigError
 
@@ -49,3 +50,19 @@ def use_nvtx() -> bool:
         raise ConfigError("MINISGL_NVTX is set, but the installed torch has no NVTX; install a CUDA build") from None
     set_span_hook(nvtx.range)
     return True
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Keeps Python's garbage collector from running, in any thread.
+
+    What it frees may be CUDA's, such as the graphs of an engine let go before, and CUDA allows no such call while
+    a stream is captured: the capture is lost.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakMethod
 
 from minisgl.config import EngineConfig
 from minisgl.engine.engine import Engine
@@ -33,11 +34,13 @@ class Driver:
         self.answers: dict[str, Answer] = {}
         self.batches: list[list[int]] = []
         self._count = 0
-        launch = self.engine.runner.launch
+        batches, launch = self.batches, WeakMethod(self.engine.runner.launch)  # an engine let go is gone at once
 
         def record(batch: Any) -> Any:
-            self.batches.append(list(batch.counts))
-            return launch(batch)
+            batches.append(list(batch.counts))
+            method = launch()
+            assert method is not None
+            return method(batch)
 
         self.engine.runner.launch = record  # type: ignore[method-assign]
 

@@ -19,8 +19,9 @@ from tiny import greedy, make_checkpoint
 from torch import Tensor
 
 from minisgl.attention import AttentionBackend, ForwardBatch
-from minisgl.engine.graphs import DecodeGraphs, DecodeStep, batch_sizes, collector_off
+from minisgl.engine.graphs import DecodeGraphs, DecodeStep, batch_sizes
 from minisgl.engine.sampler import Way
+from minisgl.timing import collector_off
 
 PROMPTS = [[(7 * i + 3 * k) % 60 + 2 for i in range(5 + 11 * k)] for k in range(5)]
 

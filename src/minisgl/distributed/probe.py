@@ -10,6 +10,7 @@ import torch
 from minisgl.distributed.allreduce import AllReduce, Run, view_of
 from minisgl.distributed.paths import Machine, PathTable, keep_table, load_table
 from minisgl.distributed.torch_comm import TorchCommunicator, broadcast_bytes
+from minisgl.timing import collector_off
 
 SIZES = tuple(1 << k for k in range(10, 27, 2))  # bytes: 1 KiB, 4 KiB … 64 MiB
 SAMPLES = 3
@@ -54,7 +55,7 @@ def capture(call: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
+    with collector_off(), torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
         for _ in range(calls):
             call()

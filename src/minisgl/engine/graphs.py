@@ -9,9 +9,7 @@ the same logits, and for penalties and log-probabilities eager kernels do. All s
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +24,7 @@ from minisgl.engine.scheduler import ScheduledBatch
 from minisgl.engine.state import DeviceRows, RowParams, Uploader
 from minisgl.kernels.prepare.op import NEVER, DecodeInputs, prepare
 from minisgl.models.decoder import CausalLM
+from minisgl.timing import collector_off
 
 T = TypeVar("T")
 
@@ -150,22 +149,6 @@ class DecodeGraphs:
         if way is Way.FILTERED and captured.filtered is not None:
             captured.filtered.replay()
         return captured
-
-
-@contextmanager
-def collector_off() -> Iterator[None]:
-    """Keeps Python's garbage collector from running, in any thread.
-
-    What it frees may be CUDA's, such as the graphs of an engine let go before, and CUDA allows no such call while
-    a stream is captured: the capture is lost.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _captured(work: Callable[[], T], memory: Any) -> tuple[torch.cuda.CUDAGraph, T]:

@@ -9,6 +9,7 @@ import torch
 
 from minisgl.hardware import detect
 from minisgl.kernels.spec import KernelSpec, Shape
+from minisgl.timing import collector_off
 
 LONG_ENOUGH_US = 2000.0  # a replay costs a few microseconds by itself
 MOST_CALLS = 4096
@@ -16,7 +17,7 @@ MOST_CALLS = 4096
 
 def _graph(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with collector_off(), torch.cuda.graph(graph):
         for call in calls:
             call()
     return graph
