@@ -1,15 +1,16 @@
 """Triton attention on a GPU: decode against memory bandwidth, prefill beside torch's own flash attention and cuDNN.
 
-    python benchmarks/bench_attention.py [--models qwen3-0.6b] [--fp8] [--no-save]
+    python benchmarks/bench_attention.py [--models qwen3-0.6b] [--fp8] [--flashinfer] [--no-save]
 
 Times are per call from the replay of a CUDA graph over the layers of a pool of 256 MB and more, so that no call finds
 its keys and values in the L2 cache. What torch is given lies contiguous already: its flash attention reads no pages of
-16 tokens.
+16 tokens. FlashInfer runs as in a captured step, planned for these lengths; the plan's time on the host stands beside.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,9 @@ def workloads(model: str) -> Iterator[Workload]:
     yield from decodes(model, DECODES)
     ragged = tuple(np.random.default_rng(0).integers(100, 1245, 256).tolist())
     yield Workload("decode 256 x 100..1244", *MODELS[model], ragged, (1,) * 256)
+    for batch in (32, 256):
+        ragged = tuple(np.random.default_rng(0).integers(100, 2001, batch).tolist())
+        yield Workload(f"decode {batch} x 100..2000", *MODELS[model], ragged, (1,) * batch)
     yield from prefills(model, PREFILLS)
 
 
@@ -70,6 +74,27 @@ def torch_calls(work: Workload, batch: ForwardBatch) -> dict[str, Callable[[], T
     return calls | ({"cudnn": cudnn} if work.counts == work.lens else {})
 
 
+def flashinfer_row(work: Workload, bandwidth: float) -> dict[str, Any]:
+    """The same work through FlashInfer; decodes in a captured step, planned as before a replay."""
+    batch = work.batch(make_attention("flashinfer"))
+    decoding, size, starts = batch.num_decodes > 0, batch.num_decodes, [n - 1 for n in work.lens]
+    if decoding:
+        batch.table_rows = torch.arange(size, dtype=torch.int32, device="cuda")
+    calls = layer_calls(work, batch)
+    calls[0]()
+    plan_us = []
+    for _ in range(20 if decoding else 0):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        batch.attention.before_replay(size, batch.page_table.shape[1], starts)
+        plan_us.append((time.perf_counter() - began) * 1e6)
+    row = measure("flashinfer", calls, work, bandwidth if decoding else None)
+    if decoding:
+        row["plan_us"] = float(np.median(plan_us))
+        print(f"  {'':28}{'plan, on the host':24}{row['plan_us']:10.2f}")
+    return row
+
+
 def measure(name: str, calls: list[Callable[[], Tensor]], work: Workload, bandwidth: float | None) -> dict[str, Any]:
     """Times one implementation; prints its row."""
     times = spread(replay_us(calls))
@@ -85,7 +110,7 @@ def measure(name: str, calls: list[Callable[[], Tensor]], work: Workload, bandwi
     return row
 
 
-def run_model(model: str, bandwidth: float, fp8: bool) -> list[dict[str, Any]]:
+def run_model(model: str, bandwidth: float, fp8: bool, flashinfer: bool) -> list[dict[str, Any]]:
     rows = []
     for work in workloads(model):
         if fp8:
@@ -93,6 +118,8 @@ def run_model(model: str, bandwidth: float, fp8: bool) -> list[dict[str, Any]]:
         batch = work.batch(make_attention("triton"))
         prefill = batch.num_decodes == 0
         rows.append(measure("triton", layer_calls(work, batch), work, None if prefill else bandwidth))
+        if flashinfer:
+            rows.append(flashinfer_row(work, bandwidth))
         for name, call in torch_calls(work, batch).items() if prefill and not fp8 else ():
             try:
                 rows.append(measure(name, [call], work, None))
@@ -105,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}; default: all")
     parser.add_argument("--fp8", action="store_true", help="over an FP8 cache; ours alone")
+    parser.add_argument("--flashinfer", action="store_true", help="FlashInfer beside ours, if it is installed")
     parser.add_argument("--no-save", action="store_true", help="print only; append nothing to results/attention.jsonl")
     args = parser.parse_args()
 
@@ -112,7 +140,7 @@ def main() -> None:
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s\n{'microseconds':>62}{'p10':>10}{'p90':>10}")
     for model in args.models.split(","):
         print(model)
-        rows = run_model(model, bandwidth, args.fp8)
+        rows = run_model(model, bandwidth, args.fp8, args.flashinfer)
         if not args.no_save:
             record = {"model": model, "bandwidth": bandwidth, "rows": rows}
             append_line("attention.jsonl", environment("cuda") | record)

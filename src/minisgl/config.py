@@ -163,6 +163,7 @@ def _attention(config: EngineConfig, device: str, dtype: str, hardware: Hardware
     unfit = {}
     if fp8:
         unfit["cpu"] = "the C++ kernels read a float32 cache"
+        unfit["flashinfer"] = "its kernels take one scale for all KV heads"
     if fp8 and gpu is not None and gpu.capability < (9, 0):
         unfit["triton"] = "Triton converts FP8 to bfloat16 from compute capability 9.0 on"
     name = config.attention

@@ -9,7 +9,7 @@ from minisgl.types import ConfigError
 
 __all__ = ["NAMES", "AttentionBackend", "ForwardBatch", "make_attention"]
 
-NAMES = ("torch_sdpa", "cpu", "triton")
+NAMES = ("torch_sdpa", "cpu", "triton", "flashinfer")
 
 
 def make_attention(name: str) -> AttentionBackend:
@@ -32,4 +32,10 @@ def make_attention(name: str) -> AttentionBackend:
         from minisgl.attention.triton_paged import TritonPaged
 
         return TritonPaged()
+    if name == "flashinfer":
+        if importlib.util.find_spec("flashinfer") is None:
+            raise ConfigError("attention flashinfer needs its package: pip install 'minisgl[flashinfer]', or use auto")
+        from minisgl.attention.flashinfer import FlashInfer
+
+        return FlashInfer()
     raise ConfigError(f"attention is {name!r}; expected auto or one of: {', '.join(NAMES)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +46,24 @@ class AttentionBackend(ABC):
     capturable = False  # decodes read lengths and pages on the device alone, so that CUDA graphs can hold them
     short_context: int | None = None  # tokens: decodes cost less if a page table has no room for more
 
+    def check(self, pool: KVPool) -> None:  # noqa: B027 (optional)
+        """Called at start, with a pool like the one to come.
+
+        Raises:
+            ConfigError: the backend can't read it.
+        """
+
     def prepare(self, batch: ForwardBatch) -> None:  # noqa: B027 (optional)
         """Called once a step, before the first layer: what all layers share goes into `batch.plan`."""
+
+    def before_replay(self, size: int, pages: int, starts: Sequence[int]) -> None:  # noqa: B027 (optional)
+        """Called before the graph of a decode step is replayed, for backends whose host has to know the lengths.
+
+        Args:
+            size: sequences of the captured step; those beyond `starts` are padding, of one token.
+            pages: the width of its page table.
+            starts: tokens that each sequence has before this step's.
+        """
 
     @abstractmethod
     def forward(self, q: Tensor, layer: int, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:

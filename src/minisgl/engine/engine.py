@@ -89,6 +89,7 @@ class Engine:
         attention = make_attention(config.attention)
         sizes = self._graph_sizes(config, attention)
         trial, budget = self._make_pool(config, 1), None
+        attention.check(trial)
         if config.device == "cuda" and config.num_pages is None:
             budget = measure(self.model, trial, attention, config, context, sizes)
         num_pages = choose_num_pages(config, self.model.config, dtype, trial.page_bytes, context, budget)

@@ -139,12 +139,13 @@ class DecodeGraphs:
 
         Its tokens are those of `way`, or where that is EAGER, still to be replaced.
         """
-        count, longest = len(batch.requests), max(batch.starts) + 1
-        size = next(s for s in self.sizes if s >= count)
-        captured = self._steps[size, next(w for w in self.widths if w * self.page_size >= longest)]
+        size = next(s for s in self.sizes if s >= len(batch.requests))
+        pages = next(w for w in self.widths if w * self.page_size > max(batch.starts))
+        captured = self._steps[size, pages]
         words = np.repeat(self._pad, size, axis=1)
         self.state.decode_words(batch.requests, batch.grown, words)
         upload.send(words.ravel(), out=captured.step.words.view(-1))
+        captured.step.attention.before_replay(size, pages, batch.starts)
         captured.plain.replay()
         if way is Way.FILTERED and captured.filtered is not None:
             captured.filtered.replay()
