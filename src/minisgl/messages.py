@@ -152,6 +152,4 @@ def pack_ids(ids: list[int] | array[int]) -> bytes:
 
 
 def unpack_ids(data: bytes) -> array[int]:
-    ids = array("i")
-    ids.frombytes(data)
-    return ids
+    return array("i", data)

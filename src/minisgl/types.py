@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -54,6 +54,16 @@ class FinishReason(str, Enum):
     LENGTH = "length"  # max_tokens, the context or the pool is used up
     ABORT = "abort"  # the client gave up
     ERROR = "error"  # the engine could not go on with it
+
+
+def check_ids(ids: Collection[int], vocab_size: int, param: str) -> None:
+    """
+    Raises:
+        RequestError: one of these token ids, given as `param`, isn't in the vocabulary.
+    """
+    if ids and not (0 <= min(ids) and max(ids) < vocab_size):
+        wrong = next(t for t in ids if not 0 <= t < vocab_size)
+        raise RequestError(f"{param} has token id {wrong}, which is outside the vocabulary of {vocab_size}", param)
 
 
 class RequestStatus(Enum):

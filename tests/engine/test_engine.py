@@ -88,7 +88,7 @@ def test_engine_refuses_what_it_can_t_serve(folder: Path) -> None:
     driver = Driver(folder, num_pages=4)
     for prompt, params, text in (
         ([], GREEDY, "empty"),
-        ([101], GREEDY, "token id 101 is outside the vocabulary of 101"),
+        ([101], GREEDY, "prompt has token id 101, which is outside the vocabulary of 101"),
         ([-1], GREEDY, "token id -1"),
         ([1] * 64, GREEDY, "64 tokens.*64"),
         ([1], replace(GREEDY, logit_bias={400: 1.0}), "logit_bias has token id 400"),

@@ -22,7 +22,6 @@ from typing import Annotated
 import msgspec
 
 from minisgl.gguf_file import cache_dir, write_atomically
-from minisgl.types import CommunicationError
 
 ANYWHERE = ("direct", "one_shot", "two_shot_copy", "registered_copy")  # for a tensor of the caller's
 # The workspace that a path needs; its name is that of the path for tensors that lie in it.
@@ -74,11 +73,8 @@ class PathTable(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_json(cls, data: bytes) -> PathTable:
-        """Raises CommunicationError where `data` is no table."""
-        try:
-            return msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as e:
-            raise CommunicationError(f"no table of communication times ({e}); delete it to measure again") from e
+        """Raises msgspec.MsgspecError or UnicodeDecodeError where `data` is no table."""
+        return msgspec.json.decode(data, type=cls)
 
 
 def table_file(machine: Machine) -> Path:
@@ -97,7 +93,7 @@ def read_table(path: Path) -> PathTable | None:
     """The table in a file; None if there is none, or none that can be read."""
     try:
         return PathTable.from_json(path.read_bytes())
-    except (OSError, CommunicationError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
 
 

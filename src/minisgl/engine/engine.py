@@ -27,7 +27,7 @@ from minisgl.models.kv_scales import kv_scales
 from minisgl.models.registry import load_model
 from minisgl.models.spans import add_spans
 from minisgl.timing import span, use_nvtx
-from minisgl.types import ConfigError, FinishReason, ModelError, Request, RequestError, SamplingParams, TokenLogprob
+from minisgl.types import ConfigError, FinishReason, ModelError, Request, SamplingParams, TokenLogprob, check_ids
 
 log = logging.getLogger(__name__)
 _NONE: list[TokenLogprob] = []  # shared by outputs without: to make an empty list each costs a third of their time
@@ -133,7 +133,9 @@ class Engine:
         Raises:
             RequestError: it can't be served; nothing was queued.
         """
-        self._check_ids(prompt, params)
+        check_ids(prompt, self.vocab_size, "prompt")
+        check_ids(params.logit_bias, self.vocab_size, "logit_bias")
+        check_ids(params.stop_token_ids, self.vocab_size, "stop_token_ids")
         request = Request(request_id, array("i", prompt), params, priority)
         self.scheduler.add(request)
         if params.prompt_logprobs:
@@ -141,16 +143,6 @@ class Engine:
         if request.max_total == request.num_prompt:  # max_tokens=0: nothing to compute
             self.scheduler.finish(request, FinishReason.LENGTH)
             self._pending.append(TokenOutput(request_id, [], finish=FinishReason.LENGTH))
-
-    def _check_ids(self, prompt: array[int], params: SamplingParams) -> None:
-        vocab = self.vocab_size
-        if len(prompt) and not (0 <= min(prompt) and max(prompt) < vocab):
-            wrong = next(t for t in prompt if not 0 <= t < vocab)
-            raise RequestError(f"token id {wrong} is outside the vocabulary of {vocab}", "prompt")
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            for token in ids:
-                if token >= vocab:
-                    raise RequestError(f"{name} has token id {token}; the vocabulary has {vocab}", name)
 
     def finish(self, request_id: str) -> None:
         """Ends a request whose stop string was seen; nothing more is sent of it. Unknown ids are ignored."""

