@@ -57,7 +57,7 @@ def main() -> None:
                 if time.perf_counter() - began > args.seconds:
                     left_out.append(where)
                     continue
-                rows = bench_product(shape, bandwidth)
+                rows = bench_product(shape, bandwidth, ladder=True)
                 show(where, rows)
                 record["rows"].append({"model": model, "product": name, **shape, "variants": rows})
                 torch.cuda.empty_cache()

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from minisgl.kernels import nvrtc
+from minisgl.kernels.nvrtc import Build
+from minisgl.kernels.skinny_gemm.ladder import build_v3, tiling_v3
 from minisgl.kernels.skinny_gemm.op import build_for, tiling
 from minisgl.kernels.spec import Shape
 from minisgl.kernels.tuning import Config
@@ -31,7 +33,32 @@ def test_skinny_gemm_source_is_right_on_the_host(
     dtype: torch.dtype, add: int, sizes: tuple[int, int, int, int, int], config: Config, tmp_path: Path
 ) -> None:
     shape: Shape = dict(zip(("tokens", "n", "k", "norm", "gated"), sizes, strict=True)) | {"add": add}
-    build = build_for(dtype, shape, *tiling(shape, config))
+    tiles = tiling(shape, config)
+    _check(dtype, shape, build_for(dtype, shape, *tiles), shape["n"] // 16 // tiles[1], tmp_path)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no g++")
+@pytest.mark.parametrize(("apart", "blocks"), [(0, 2), (1, 1), (0, 100)])
+@pytest.mark.parametrize(
+    ("dtype", "add", "sizes", "config"), [*CASES, (torch.bfloat16, 1, (2, 40, 320, 0, 0), Config(64, 1))]
+)
+def test_skinny_gemm_v3_is_right_on_the_host(
+    dtype: torch.dtype,
+    add: int,
+    sizes: tuple[int, int, int, int, int],
+    config: Config,
+    apart: int,
+    blocks: int,
+    tmp_path: Path,
+) -> None:
+    """With blocks that have several pieces of the matrix to do, and with one each."""
+    shape: Shape = dict(zip(("tokens", "n", "k", "norm", "gated"), sizes, strict=True)) | {"add": add}
+    tiles = tiling_v3(shape, config)
+    blocks = min(blocks, shape["n"] // 8 // tiles[1])
+    _check(dtype, shape, build_v3(dtype, shape, *tiles, apart), blocks, tmp_path)
+
+
+def _check(dtype: torch.dtype, shape: Shape, build: Build, blocks: int, tmp_path: Path) -> None:
     source = (nvrtc.FOLDER / build.source).read_text()
     source, found = re.subn(
         r"asm volatile\(\"mma.*?\)\);",
@@ -42,8 +69,8 @@ def test_skinny_gemm_source_is_right_on_the_host(
     assert found == 1
     (tmp_path / "kernel.cu").write_text(source)
     macros = [f"-D{name}={value}" for name, value in build.defines]
-    command = [str(COMPILER), "-std=c++20", "-O1", "-pthread", "-w", f"-DROWS={shape['tokens']}", *macros]
-    command += [f'-DKERNEL="{tmp_path / "kernel.cu"}"', f"-I{HOST}", f"-I{nvrtc.FOLDER}"]
+    command = [str(COMPILER), "-std=c++20", "-O1", "-pthread", "-w", f"-DROWS={shape['tokens']}", f"-DBLOCKS={blocks}"]
+    command += [*macros, f'-DKERNEL="{tmp_path / "kernel.cu"}"', f"-I{HOST}", f"-I{nvrtc.FOLDER}"]
     program = tmp_path / "program"
     built = subprocess.run(
         [*command, str(HOST / "skinny_gemm.cpp"), "-o", str(program)], capture_output=True, text=True, check=False

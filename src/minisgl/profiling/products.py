@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from minisgl.hardware import detect
 from minisgl.kernels.rmsnorm.op import add_rmsnorm
 from minisgl.kernels.silu_mul.op import silu_mul
 from minisgl.kernels.skinny_gemm.cases import SPEC, case
-from minisgl.kernels.skinny_gemm.ladder import triton_v1
-from minisgl.kernels.skinny_gemm.op import product_name, skinny_gemm, tiling
+from minisgl.kernels.skinny_gemm.ladder import tiling_v3, triton_v1
+from minisgl.kernels.skinny_gemm.op import KERNEL, product_name, skinny_gemm, tiling
 from minisgl.kernels.spec import Shape
-from minisgl.kernels.tuning import batch_bucket
+from minisgl.kernels.tuning import Config, batch_bucket
 from minisgl.profiling.clock import spread
 from minisgl.profiling.replay import replay_us
 from minisgl.profiling.shapes import SHAPES
@@ -28,7 +29,8 @@ from minisgl.types import KernelError
 MODELS = ("qwen3-0.6b", "qwen3-8b", "qwen3-4b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-14b", "smollm2")
 BATCHES = (1, 8, 16, 32, 64)  # each the largest of its bucket
 DTYPE = torch.bfloat16
-Calls = list[Callable[[], object]]
+ENGINE = KERNEL.versions[0].name  # the version that the engine runs
+TILINGS = {"v2": tiling, "v3": tiling_v3, "v3 apart": tiling_v3}
 
 
 def products(model: str, batch: int) -> Iterator[tuple[str, Shape]]:
@@ -64,26 +66,41 @@ def _residual_of(x: Tensor) -> Tensor:
     return _residuals[x.shape]
 
 
-def variants(shape: Shape, inputs: list[tuple[Any, ...]]) -> Iterator[tuple[str, list[int] | None, Calls]]:
-    """Names, configurations of the engine's version, and a call for each set of arguments."""
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to do a product: `version` and `config` of skinny_gemm, or neither."""
 
-    def calls(run: Callable[..., object], **options: object) -> Calls:
+    name: str
+    calls: list[Callable[[], object]]  # one for each set of arguments
+    version: str | None = None
+    config: Config | None = None
+
+
+def variants(shape: Shape, inputs: list[tuple[Any, ...]], ladder: bool) -> Iterator[Variant]:
+    def calls(run: Callable[..., object], **options: object) -> list[Callable[[], object]]:
         return [partial(run, *args, **options) for args in inputs]
 
-    yield "cublas", None, [partial(F.linear, x, weight) for x, weight, *_ in inputs]
-    yield "engine", None, calls(engine_call)
-    seen = set()
-    for config in SPEC.configs:
-        if (tiles := tiling(shape, config)) not in seen:
-            seen.add(tiles)
-            name = "v2 {} warps, {} tiles, depth {}".format(*tiles)
-            yield name, [config.threads, config.work], calls(skinny_gemm, version="v2", config=config)
+    yield Variant("cublas", [partial(F.linear, x, weight) for x, weight, *_ in inputs])
+    yield Variant("engine", calls(engine_call))
+    for version, tile in TILINGS.items() if ladder else [(ENGINE, TILINGS[ENGINE])]:
+        seen = set()
+        for config in SPEC.configs:
+            if (tiles := tile(shape, config)) not in seen:
+                seen.add(tiles)
+                name = "{} {} warps, {} groups of rows, depth {}".format(version, *tiles)
+                yield Variant(name, calls(skinny_gemm, version=version, config=config), version, config)
+    if not ladder:
+        return
+
     for columns in (16, 32):
-        yield f"v1 {columns} columns", None, calls(triton_v1.run, columns=columns)
+        yield Variant(f"v1 {columns} columns", calls(triton_v1.run, columns=columns), "v1")
 
 
-def bench_product(shape: Shape, bandwidth: float) -> list[dict[str, Any]]:
-    """A row a variant, the fastest first: microseconds a call, and the part of `bandwidth` that the weights take."""
+def bench_product(shape: Shape, bandwidth: float, ladder: bool = False) -> list[dict[str, Any]]:
+    """A row a variant, the fastest first: microseconds a call, and the part of `bandwidth` that the weights take.
+
+    ladder: versions that the engine doesn't run as well.
+    """
     cuda = detect().cuda
     assert cuda is not None
     num_bytes = shape["n"] * shape["k"] * DTYPE.itemsize
@@ -91,14 +108,15 @@ def bench_product(shape: Shape, bandwidth: float) -> list[dict[str, Any]]:
     inputs = SPEC.inputs(shape, DTYPE, torch.device("cuda"), torch.Generator("cuda").manual_seed(0), copies)
     inputs = [(inputs[0][0], a[1], inputs[0][2], *a[3:]) for a in inputs]  # x and out warm, as in a model
     rows = []
-    for name, config, calls in variants(shape, inputs):
+    for variant in variants(shape, inputs, ladder):
         try:
-            us = spread(replay_us(calls, samples=7))
+            us = spread(replay_us(variant.calls, samples=7))
         except KernelError as e:
-            print(f"    {name}: {str(e).splitlines()[0]}")
+            print(f"    {variant.name}: {str(e).splitlines()[0]}")
             continue
-        fraction = num_bytes / bandwidth * 1e6 / us["median"]
-        rows.append({"variant": name, "us": us, "fraction": fraction, "config": config})
+        row = {"variant": variant.name, "us": us, "fraction": num_bytes / bandwidth * 1e6 / us["median"]}
+        config = variant.config and [variant.config.threads, variant.config.work]
+        rows.append(row | {"version": variant.version, "config": config})
     return sorted(rows, key=lambda row: row["us"]["median"])
 
 
@@ -111,7 +129,8 @@ def entries(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
     table: dict[str, dict[str, list[int]]] = {}
     for row in rows:
         (engine,) = (v for v in row["variants"] if v["variant"] == "engine")
-        best = min((v for v in row["variants"] if v["config"]), key=lambda v: v["us"]["median"], default=engine)
+        ours = [v for v in row["variants"] if v["version"] == ENGINE]
+        best = min(ours, key=lambda v: v["us"]["median"], default=engine)
         buckets = table.setdefault(row_name(row), {})
         buckets.pop(str(row["tokens"]), None)
         if batch_bucket(row["tokens"]) == row["tokens"] and best["us"]["p90"] < engine["us"]["p10"]:

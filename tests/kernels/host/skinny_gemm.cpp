@@ -1,4 +1,5 @@
-// skinny_gemm.cu on the host, against sums in double: prints ‖out − expected‖ / ‖expected‖. ROWS: of x.
+// skinny_gemm on the host, against sums in double: prints ‖out − expected‖ / ‖expected‖. ROWS: of x; BLOCKS: of the
+// grid.
 #include KERNEL
 
 #include <cstdio>
@@ -23,8 +24,7 @@ int main() {
     };
     fill(x, ROWS * kXStride, 2), fill(w, COLUMNS * WIDTH, 1 / std::sqrt(float(WIDTH))), fill(gain, WIDTH, 1);
     std::vector<T> out = random(ROWS * kOutStride, 1), before = out;
-    launch((COLUMNS / 16) / TILES, WARPS * 32,
-           [&] { skinny_gemm(x, kXStride, w, gain, 1e-5, out.data(), kOutStride, ROWS); });
+    launch(BLOCKS, WARPS * 32, [&] { skinny_gemm(x, kXStride, w, gain, 1e-5, out.data(), kOutStride, ROWS); });
     double difference = 0, size = 0;
     for (int row = 0; row < ROWS; ++row) {
         double squares = 0;

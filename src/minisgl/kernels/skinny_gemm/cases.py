@@ -88,7 +88,7 @@ def _spec(name: str, bench: Shape, cases: tuple[Shape, ...], builds: tuple[Build
         tolerance={torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3},
         cases=cases,
         bench=tuple({**bench, "tokens": n} for n in (1, 8, 64)),
-        configs=tuple(Config(threads, work) for threads in (128, 256, 512) for work in (1, 2, 4)),
+        configs=tuple(Config(threads, work) for threads in (128, 256, 512) for work in (1, 2, 4, 8)),
         builds=builds,
     )
 

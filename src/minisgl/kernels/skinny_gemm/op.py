@@ -12,7 +12,7 @@ from minisgl.kernels.tuning import Config, choose_product
 from minisgl.types import KernelError
 
 MAX_ROWS = 64
-_MMA = {torch.bfloat16: "bf16", torch.float16: "f16"}
+MMA = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def tuned(x: Tensor, weight: Tensor, norm: bool = False, gated: bool = False, add: bool = False) -> Config | None:
@@ -20,7 +20,7 @@ def tuned(x: Tensor, weight: Tensor, norm: bool = False, gated: bool = False, ad
 
     Nothing is assumed of products that nobody has measured; arguments as for `skinny_gemm`.
     """
-    if x.shape[0] > MAX_ROWS or x.dtype not in _MMA:
+    if x.shape[0] > MAX_ROWS or x.dtype not in MMA:
         return None
     n, k = weight.shape
     return choose_product(product_name(n, k, norm, gated, add), x.get_device(), x.shape[0])
@@ -79,8 +79,8 @@ def _plan(tensors: tuple[Tensor, ...], gated: bool, add: bool, version: str | No
     return launcher("skinny_gemm", device, x.dtype, version, config, rows, n, k, *fused) if rows else nothing
 
 
-def _fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
-    if dtype not in _MMA:
+def fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
+    if dtype not in MMA:
         return "expected bfloat16 or float16"
     if shape["k"] % 32 or shape["n"] % (32 if shape["gated"] else 16):
         return f"a weight of {shape['n']} x {shape['k']} doesn't divide into tiles of 16 x 32"
@@ -99,7 +99,7 @@ def tiling(shape: Shape, config: Config) -> tuple[int, int, int]:
 def build_for(dtype: torch.dtype, shape: Shape, warps: int, tiles: int, depth: int) -> Build:
     sizes = {"BATCH": -(-shape["tokens"] // 8) * 8, "COLUMNS": shape["n"], "WIDTH": shape["k"]}
     fused = {"NORM": shape["norm"], "GATED": shape["gated"], "ADD": shape["add"]}
-    types = {"DTYPE": CTYPES[dtype], "MMA_TYPE": f'"{_MMA[dtype]}"'}
+    types = {"DTYPE": CTYPES[dtype], "MMA_TYPE": f'"{MMA[dtype]}"'}
     loops = {"WARPS": warps, "TILES": tiles, "DEPTH": depth}
     return Build.of("skinny_gemm/skinny_gemm.cu", "skinny_gemm", **types, **sizes, **fused, **loops)
 
@@ -124,4 +124,4 @@ def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
 
 
 _SIZES = ("tokens", "n", "k", "norm", "gated", "add")
-KERNEL = register(Kernel("skinny_gemm", (Version("v2", "cuda", _fits, _v2),), _SIZES, _cost))
+KERNEL = register(Kernel("skinny_gemm", (Version("v2", "cuda", fits, _v2),), _SIZES, _cost))
