@@ -66,7 +66,7 @@ def _shape(tokens: int, n: int, k: int, norm: int = 0, gated: int = 0, add: int 
 _BUILDS = (
     build_v3(torch.bfloat16, _shape(1, 24576, 4096, 1, 1), 8, 4, 3),
     build_v3(torch.bfloat16, _shape(8, 1024, 3072, add=1), 16, 1, 4),
-    build_v3(torch.float16, _shape(64, 4096, 4096), 8, 2, 1, 1),
+    build_v3(torch.float16, _shape(32, 4096, 4096), 8, 2, 1, 1),
 )
 VERSIONS = (
     Version("v3", "cuda", _fits_v3, partial(_v3, 0), _BUILDS),
