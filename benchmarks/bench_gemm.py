@@ -1,6 +1,6 @@
 """The matrix products of a decode step: cuBLAS beside every variant of skinny_gemm, for known models and batches.
 
-    python benchmarks/bench_gemm.py [--models qwen3-0.6b,qwen3-8b] [--batches 1,8] [--seconds 240] [--no-save]
+    python benchmarks/bench_gemm.py [--models qwen3-0.6b,qwen3-8b] [--batches 1,8] [--seconds 240] [--no-ladder]
 
 Microseconds a call from the replay of a CUDA graph over weights in rotation that exceed the L2 cache three times, as in
 a model; x and out are warm. `engine` is what the engine launches for the same work without skinny_gemm: the norm's
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--products", default="gate_up,down,qkv,o,head")
     parser.add_argument("--seconds", type=float, default=600, help="start nothing new after so many (default: 600)")
+    parser.add_argument("--no-ladder", action="store_true", help="only what the engine may run: enough for the table")
     parser.add_argument("--no-save", action="store_true", help="print only; append nothing to results/gemm.jsonl")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -57,7 +58,7 @@ def main() -> None:
                 if time.perf_counter() - began > args.seconds:
                     left_out.append(where)
                     continue
-                rows = bench_product(shape, bandwidth, ladder=True)
+                rows = bench_product(shape, bandwidth, ladder=not args.no_ladder)
                 show(where, rows)
                 record["rows"].append({"model": model, "product": name, **shape, "variants": rows})
                 torch.cuda.empty_cache()
