@@ -83,7 +83,7 @@ class Bench:
         with launch_split.watched(START) as watch:
             self.llm = LLM(
                 model=str(folder), dummy_weights=True, max_model_len=256 if self.tiny else 4096, fused_kernels=fused,
-                **sizes, **device,
+                attention=args.attention, **sizes, **device,
             )  # fmt: skip
         self.engine: Engine = self.llm.engine
         self.engine_seconds = time.perf_counter() - began
@@ -313,6 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=list(shapes.SHAPES), default="qwen3-0.6b")
     parser.add_argument("--fused", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--attention", default="auto")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}; default: all")
     parser.add_argument("--tiny", action="store_true", help="a dry run on a CPU")
     parser.add_argument("--out", type=Path, help="append the lines to this file")
