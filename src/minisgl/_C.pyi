@@ -46,51 +46,23 @@ class Decoder:
         window: int,
         /,
     ) -> None: ...
+    # fmt: off
     def forward(
-        self,
-        num_tokens: int,
-        num_outputs: int,
-        input_ids: int,
-        cos: int,
-        sin: int,
-        slots: int,
-        output_indices: int,
-        pages: Pages,
-        keys: int,
-        values: int,
-        layer_stride: int,
-        hidden: int,
-        marks: int,
-        /,
+        self, num_tokens: int, num_outputs: int, input_ids: int, cos: int, sin: int, slots: int, output_indices: int,
+        pages: Pages, keys: int, values: int, layer_stride: int, hidden: int, marks: int, /,
     ) -> None: ...
+    # fmt: on
 
+# fmt: off
 def cpu_paged_attention(
-    q: int,
-    q_stride: int,
-    out: int,
-    keys: int,
-    values: int,
-    pages: Pages,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    scale: float,
-    window: int,
-    /,
+    q: int, q_stride: int, out: int, keys: int, values: int, pages: Pages,
+    num_heads: int, num_kv_heads: int, head_dim: int, scale: float, window: int, /,
 ) -> None: ...
 def cpu_sample(
-    logits: int,
-    stride: int,
-    num_rows: int,
-    vocab_size: int,
-    temperature: int,
-    seeds: int,
-    output_index: int,
-    first: int,
-    out: int,
-    best: int,
-    /,
+    logits: int, stride: int, num_rows: int, vocab_size: int, temperature: int, seeds: int, output_index: int,
+    first: int, out: int, best: int, /,
 ) -> None: ...
+# fmt: on
 def cpu_threads() -> int: ...
 def cpu_set_threads(count: int, /) -> None: ...
 def cpu_kernels() -> str: ...

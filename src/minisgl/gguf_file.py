@@ -1,13 +1,13 @@
-"""Reading a GGUF file's header once: metadata and tensor places, kept in a small cache.
+"""What both the engine and the API process read of a model's files: JSON, and the header of a GGUF file.
 
-The gguf package needs seconds to open a file with a large vocabulary (it builds a NumPy view for every token), and
-both the engine and the API process want it; so what it read is kept as msgpack beside other caches, keyed by the
-file's identity.
+The gguf package needs seconds to open a file with a large vocabulary (it builds a NumPy view for every token);
+so what it read, metadata and tensor places, is kept as msgpack beside other caches, keyed by the file's identity.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -63,6 +63,23 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(f.name, path)
     except OSError:
         pass
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file.
+
+    Raises:
+        ModelError: the file can't be read, isn't JSON, or holds no object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{file} is no readable JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} holds a {type(value).__name__}; expected an object")
+    return value
 
 
 def _parse(path: Path) -> GGUFFile:

@@ -198,7 +198,7 @@ def test_unreadable_files_are_model_errors(tmp_path: Path, byte_level, save) -> 
         load_text(tmp_path)
     save(byte_level)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ModelError, match="no valid JSON"):
+    with pytest.raises(ModelError, match="no readable JSON"):
         load_text(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ModelError, match="expected an object"):

@@ -5,7 +5,6 @@ To add a family: write `models/<family>.py` with a subclass of `CausalLM`, and n
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from minisgl.distributed import TPGroup
-from minisgl.gguf_file import read_gguf
+from minisgl.gguf_file import read_gguf, read_json
 from minisgl.kernels.cpu import choose_kernels
 from minisgl.models import gguf, weights
 from minisgl.models.build import Build, heads_fit
@@ -44,15 +43,9 @@ def read_config(path: Path) -> ModelConfig:
 
 def _read_folder_config(folder: Path) -> ModelConfig:
     file = folder / "config.json"
-    try:
-        source = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise ModelError(f"{folder} holds no config.json; expected a folder in Hugging Face's layout") from e
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{file} is no readable JSON: {e}") from e
-    if not isinstance(source, dict):
-        raise ModelError(f"{file} is no JSON object")
-    values = Values(source, str(file))
+    if not file.is_file():
+        raise ModelError(f"{folder} holds no config.json; expected a folder in Hugging Face's layout")
+    values = Values(read_json(file), str(file))
     family = values.text("model_type")
     if family not in FAMILIES:
         raise values.error("model_type", f"is {family!r}, which isn't supported; supported: {', '.join(FAMILIES)}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisgl.gguf_file import read_gguf
+from minisgl.gguf_file import read_gguf, read_json
 from minisgl.text import chat_template, generation
 from minisgl.text.chat_template import ChatTemplate
 from minisgl.text.generation import GenerationDefaults
 from minisgl.text.output import OutputProcessor
-from minisgl.text.tokenizer import Tokenizer, read_json
+from minisgl.text.tokenizer import Tokenizer
 from minisgl.types import ModelError, RequestError
 
 __all__ = ["ChatTemplate", "GenerationDefaults", "OutputProcessor", "Text", "Tokenizer", "load_text"]

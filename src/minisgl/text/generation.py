@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minisgl.text.tokenizer import Tokenizer, read_json
+from minisgl.gguf_file import read_json
+from minisgl.text.tokenizer import Tokenizer
 from minisgl.types import RequestError, SamplingParams
 
 logger = logging.getLogger(__name__)

@@ -27,16 +27,12 @@ class StopMatcher:
             return text, None
         held, scan = len(self._held), self._held + text
         if armed and text:
-            found = []
-            for stop in self._stops:
-                at = scan.find(stop, max(0, held - len(stop) + 1))
-                if at >= 0:
-                    found.append((at + len(stop), at, stop))
-            if found:
+            places = ((scan.find(stop, max(0, held - len(stop) + 1)), stop) for stop in self._stops)
+            if found := [(at + len(stop), at, stop) for at, stop in places if at >= 0]:
                 _, at, stop = min(found)
                 self._held = ""
                 return scan[:at], stop
-        free = len(scan) - self._longest_start(scan)
+        free = len(scan) - max(_overlap(scan, stop) for stop in self._stops)
         self._held = scan[free:]
         return scan[:free], None
 
@@ -44,10 +40,6 @@ class StopMatcher:
         """The text held back; call it at the end."""
         held, self._held = self._held, ""
         return held
-
-    def _longest_start(self, text: str) -> int:
-        """Characters at the end of `text` that begin a stop string."""
-        return max((_overlap(text, stop) for stop in self._stops), default=0)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders
 
+from minisgl.gguf_file import read_json
 from minisgl.text import gguf_vocab
 from minisgl.types import ModelError, RequestError
 
@@ -155,23 +155,6 @@ class Tokenizer:
 def is_byte_token(token: str) -> bool:
     """Whether `token` is written <0x00> … <0xFF>."""
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file.
-
-    Raises:
-        ModelError: the file isn't JSON, or holds no object.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ModelError(f"{file} is no valid JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} holds a {type(value).__name__}; expected an object")
-    return value
 
 
 def _check_text(text: str) -> None:
