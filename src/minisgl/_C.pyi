@@ -26,34 +26,22 @@ class PackedWeight:
     def multiply(self, x: int, stride: int, m: int, bias: int, out: int, out_stride: int, /) -> None: ...
     def gather(self, ids: int, count: int, out: int, out_stride: int, /) -> None: ...
 
+# fmt: off
 class Decoder:
+    # sizes: hidden, intermediate, heads, KV heads, head_dim
     def __init__(
-        self,
-        sizes: tuple[int, int, int, int, int],  # hidden, intermediate, heads, KV heads, head_dim
-        norm_eps: float,
-        embedding: PackedWeight,
-        norm: int,
-        /,
+        self, sizes: tuple[int, int, int, int, int], norm_eps: float, embedding: PackedWeight, norm: int, /,
     ) -> None: ...
+    # norms: input, post-attention, heads
     def add_layer(
-        self,
-        norms: tuple[int, int, int],  # input, post-attention, heads
-        qkv: PackedWeight,
-        o: PackedWeight,
-        gate_up: PackedWeight,
-        down: PackedWeight,
-        biases: tuple[int, int, int, int],
-        window: int,
-        /,
+        self, norms: tuple[int, int, int], qkv: PackedWeight, o: PackedWeight, gate_up: PackedWeight,
+        down: PackedWeight, biases: tuple[int, int, int, int], window: int, /,
     ) -> None: ...
-    # fmt: off
     def forward(
         self, num_tokens: int, num_outputs: int, input_ids: int, cos: int, sin: int, slots: int, output_indices: int,
         pages: Pages, keys: int, values: int, layer_stride: int, hidden: int, marks: int, /,
     ) -> None: ...
-    # fmt: on
 
-# fmt: off
 def cpu_paged_attention(
     q: int, q_stride: int, out: int, keys: int, values: int, pages: Pages,
     num_heads: int, num_kv_heads: int, head_dim: int, scale: float, window: int, /,

@@ -31,13 +31,13 @@ def make_prefix_cache(page_size: int, implementation: Implementation = "auto") -
         ValueError: a page size below 1.
         ImportError: 'cpp' was asked for and the extension isn't built.
     """
-    if implementation == "python":
-        return ReferencePrefixCache(page_size)
-    try:
-        from minisgl._C import PrefixCache as CppPrefixCache
-    except ImportError:
-        if implementation == "cpp":
-            raise
-        _warn_once()
-        return ReferencePrefixCache(page_size)
-    return CppPrefixCache(page_size)
+    if implementation != "python":
+        try:
+            from minisgl._C import PrefixCache as CppPrefixCache
+
+            return CppPrefixCache(page_size)
+        except ImportError:
+            if implementation == "cpp":
+                raise
+            _warn_once()
+    return ReferencePrefixCache(page_size)

@@ -49,21 +49,12 @@ class PackedStack:
         assert isinstance(rotation, Rotation)
         rows = batch.logits_indices.long()  # type: ignore[union-attr]
         out = torch.empty(rows.shape[0], self.model.config.hidden_size)
-        self.native.forward(
-            batch.input_ids.shape[0],
-            rows.shape[0],
-            batch.input_ids.data_ptr(),
-            rotation.cos.data_ptr(),
-            rotation.sin.data_ptr(),
-            batch.slots.data_ptr(),
-            rows.data_ptr(),
-            pages(batch.page_table, batch.seq_lens, batch.query_starts, pool.page_size),
-            pool.k.data_ptr(),
-            pool.v.data_ptr(),
-            pool.k.stride(0),
-            out.data_ptr(),
-            address(self.marks),
-        )
+        counts = batch.input_ids.shape[0], rows.shape[0]
+        inputs = batch.input_ids, rotation.cos, rotation.sin, batch.slots, rows
+        ids, cos, sin, slots, wanted = (x.data_ptr() for x in inputs)
+        paging = pages(batch.page_table, batch.seq_lens, batch.query_starts, pool.page_size)
+        cache = pool.k.data_ptr(), pool.v.data_ptr(), pool.k.stride(0)
+        self.native.forward(*counts, ids, cos, sin, slots, wanted, paging, *cache, out.data_ptr(), address(self.marks))
         return out
 
 

@@ -6,7 +6,8 @@ runs exactly the code of its source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from minisgl.attention.base import AttentionBackend
@@ -45,27 +46,22 @@ def add_spans(model: CausalLM, attention: AttentionBackend) -> Callable[[], None
     Returns:
         What takes the spans off again.
     """
-    undo: list[Callable[[], None]] = []
+    undo = ExitStack()
     for path, method, name in _MODEL:
-        undo += _wrap(model, path, method, name)
+        _wrap(undo, model, path, method, name)
     for i, layer in enumerate(model.layers):
         for path, method, name in _LAYER:
-            undo += _wrap(layer, path, method, name.format(i))
+            _wrap(undo, layer, path, method, name.format(i))
         # what it does outside of its products is the activation; a mixture of experts has no products of its own
-        undo += _wrap(layer, "mlp", "forward", "silu*mul" if hasattr(layer.mlp, "gate_up_proj") else "experts")
-    undo += _wrap(attention, "", "forward", "attention")
+        _wrap(undo, layer, "mlp", "forward", "silu*mul" if hasattr(layer.mlp, "gate_up_proj") else "experts")
+    _wrap(undo, attention, "", "forward", "attention")
     if model.stack is not None:
-        undo += _wrap(model.stack, "", "hidden", "layers")
-
-    def remove() -> None:
-        while undo:
-            undo.pop()()
-
-    return remove
+        _wrap(undo, model.stack, "", "hidden", "layers")
+    return undo.close
 
 
-def _wrap(root: Any, path: str, method: str, name: str) -> Iterator[Callable[[], None]]:
-    """Hides a method of the object at `path` behind one in a span; yields what brings it to light again."""
+def _wrap(undo: ExitStack, root: Any, path: str, method: str, name: str) -> None:
+    """Hides a method of the object at `path` behind one in a span, until `undo` brings it to light again."""
     owner = root
     for part in filter(None, path.split(".")):
         owner = getattr(owner, part, None)
@@ -77,7 +73,7 @@ def _wrap(root: Any, path: str, method: str, name: str) -> Iterator[Callable[[],
         with span(name):
             return inner(*args, **kwargs)
 
-    yield replace_method(owner, method, within)
+    undo.callback(replace_method(owner, method, within))
 
 
 def replace_method(owner: Any, method: str, by: Callable[..., Any]) -> Callable[[], None]:
