@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed (default: 32)")
     parser.add_argument("--prefill", type=int, nargs="+", default=[512], help="prompt lengths (default: 512)")
     parser.add_argument(
-        "--compare-skinny", action="store_true", help="decode once more with all matrix products left to cuBLAS"
+        "--compare-skinny", action="store_true", help="decode again, weights fetched ahead or not, and with cuBLAS"
     )
     parser.add_argument("--no-save", action="store_true", help="print only; append nothing to results/engine.jsonl")
     args = parser.parse_args()
@@ -159,11 +159,13 @@ def run(args: argparse.Namespace, model: str) -> None:
         value = spread(bench_prefill(engine, 1, length, 5))
         rows.append(report(f"prefill, {length} tokens", "tok/s", value, None, length))
     if args.compare_skinny:
-        switch(skinny_parts(engine.model), False)
-        if engine.runner.graphs is not None:
-            engine.runner.graphs = None
-            engine.runner.capture(batch_sizes(max(args.batches)))
-        rows += decode_rows(engine, args, bandwidth, ", cuBLAS")
+        parts = skinny_parts(engine.model)
+        for how, ours, ahead in ((", not ahead", True, False), (", ahead", True, True), (", cuBLAS", False, False)):
+            switch(parts, ours, ahead)
+            if engine.runner.graphs is not None:
+                engine.runner.graphs = None
+                engine.runner.capture(batch_sizes(max(args.batches)), progress=False)
+            rows += decode_rows(engine, args, bandwidth, how)
     if not args.no_save:
         settings = {k: v for k, v in vars(args).items() if k != "no_save"} | {"dtype": engine.config.dtype}
         record = environment(device) | {

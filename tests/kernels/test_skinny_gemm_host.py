@@ -34,7 +34,7 @@ def test_skinny_gemm_source_is_right_on_the_host(
 ) -> None:
     shape: Shape = dict(zip(("tokens", "n", "k", "norm", "gated"), sizes, strict=True)) | {"add": add}
     tiles = tiling(shape, config)
-    _check(dtype, shape, build_for(dtype, shape, *tiles), shape["n"] // 16 // tiles[1], tmp_path)
+    _check(dtype, shape, build_for(dtype, shape, *tiles), shape["n"] // 16 // tiles[1], tmp_path, ", nullptr, 0")
 
 
 @pytest.mark.skipif(COMPILER is None, reason="there is no g++")
@@ -58,7 +58,7 @@ def test_skinny_gemm_v3_is_right_on_the_host(
     _check(dtype, shape, build_v3(dtype, shape, *tiles, apart), blocks, tmp_path)
 
 
-def _check(dtype: torch.dtype, shape: Shape, build: Build, blocks: int, tmp_path: Path) -> None:
+def _check(dtype: torch.dtype, shape: Shape, build: Build, blocks: int, tmp_path: Path, ahead: str = "") -> None:
     source = (nvrtc.FOLDER / build.source).read_text()
     source, found = re.subn(
         r"asm volatile\(\"mma.*?\)\);",
@@ -69,8 +69,24 @@ def _check(dtype: torch.dtype, shape: Shape, build: Build, blocks: int, tmp_path
     assert found == 1
     (tmp_path / "kernel.cu").write_text(source)
     macros = [f"-D{name}={value}" for name, value in build.defines]
-    command = [str(COMPILER), "-std=c++20", "-O1", "-pthread", "-w", f"-DROWS={shape['tokens']}", f"-DBLOCKS={blocks}"]
-    command += [*macros, f'-DKERNEL="{tmp_path / "kernel.cu"}"', f"-I{HOST}", f"-I{nvrtc.FOLDER}"]
+    command = [
+        str(COMPILER),
+        "-std=c++20",
+        "-O1",
+        "-pthread",
+        "-w",
+        f"-DROWS={shape['tokens']}",
+        f"-DBLOCKS={blocks}",
+        f"-DAHEAD={ahead}",
+    ]
+    command += [
+        f"-DBLOCKS={blocks}",
+        f"-DAHEAD={ahead}",
+        *macros,
+        f'-DKERNEL="{tmp_path / "kernel.cu"}"',
+        f"-I{HOST}",
+        f"-I{nvrtc.FOLDER}",
+    ]
     program = tmp_path / "program"
     built = subprocess.run(
         [*command, str(HOST / "skinny_gemm.cpp"), "-o", str(program)], capture_output=True, text=True, check=False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from minisgl.kernels.tuning import Config, choose_product
 from minisgl.types import KernelError
 
 MAX_ROWS = 64
+CHUNK, AHEAD_BYTES = 8192, 16 << 20  # of a later product's weights: that one instruction fetches, and in all
 MMA = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -32,17 +35,9 @@ def product_name(n: int, k: int, norm: bool, gated: bool, add: bool) -> str:
 
 
 def skinny_gemm(
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    gated: bool = False,
-    add: bool = False,
-    *,
-    version: str | None = None,
-    config: Config | None = None,
-) -> None:
+    x: Tensor, weight: Tensor, out: Tensor, norm: Tensor | None = None, eps: float = 0.0, gated: bool = False,
+    add: bool = False, ahead: Tensor | None = None, *, version: str | None = None, config: Config | None = None,
+) -> None:  # fmt: skip
     """out = norm(x) · weightᵀ, or silu(gate) · up of it, or added to what `out` holds. Sums are float32.
 
     Args:
@@ -53,11 +48,12 @@ def skinny_gemm(
         norm: [K], x's dtype: gain of an RMS norm of x's rows, with `eps`; None: x as it is.
         gated: weight holds gate rows, then up rows; out = silu(gate) · up.
         add: the product is added to `out`, the residual stream.
+        ahead: a weight that a later product reads, contiguous: its first 16 MiB are fetched into the L2 cache.
 
     Raises:
         KernelError: an argument of the wrong shape, dtype, layout or device; it names the argument.
     """
-    _plan((x, weight, out, norm), gated, add, version, config)(x, weight, out, norm, eps, gated, add)
+    _plan((x, weight, out, norm), gated, add, version, config)(x, weight, out, norm, eps, gated, add, ahead)
 
 
 @by_layout
@@ -100,7 +96,7 @@ def build_for(dtype: torch.dtype, shape: Shape, warps: int, tiles: int, depth: i
     sizes = {"BATCH": -(-shape["tokens"] // 8) * 8, "COLUMNS": shape["n"], "WIDTH": shape["k"]}
     fused = {"NORM": shape["norm"], "GATED": shape["gated"], "ADD": shape["add"]}
     types = {"DTYPE": CTYPES[dtype], "MMA_TYPE": f'"{MMA[dtype]}"'}
-    loops = {"WARPS": warps, "TILES": tiles, "DEPTH": depth}
+    loops = {"WARPS": warps, "TILES": tiles, "DEPTH": depth, "CHUNK": CHUNK}
     return Build.of("skinny_gemm/skinny_gemm.cu", "skinny_gemm", **types, **sizes, **fused, **loops)
 
 
@@ -109,9 +105,11 @@ def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     build = build_for(dtype, shape, warps, tiles, depth)
     start = prepare(build, device, shape["n"] // 16 // tiles, warps * 32, config.pdl)
 
-    def run(x: Tensor, weight: Tensor, out: Tensor, norm: Tensor | None, eps: float, gated: bool, added: bool) -> None:
+    def run(x: Tensor, weight: Tensor, out: Tensor, norm: Any, eps: float, _: bool, __: bool, ahead: Any) -> None:
         gain = 0 if norm is None else norm.data_ptr()
-        start(x.data_ptr(), x.stride(0), weight.data_ptr(), gain, eps, out.data_ptr(), out.stride(0), x.shape[0])
+        later = (0, 0) if ahead is None else (ahead.data_ptr(), min(ahead.nbytes, AHEAD_BYTES) // CHUNK * CHUNK)
+        ours = x.data_ptr(), x.stride(0), weight.data_ptr(), gain, eps, out.data_ptr(), out.stride(0), x.shape[0]
+        start(*ours, *later)
 
     return run
 

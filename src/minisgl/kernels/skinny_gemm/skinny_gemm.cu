@@ -8,7 +8,8 @@
 // its WARPS share the sum over k, and add up through shared memory in a fixed order. mma.m16n8k16 wants of each lane
 // two pairs of neighbours in k, eight apart; but the order of a sum is free: a lane takes eight neighbours instead,
 // which are the pairs of two mma, and takes the same of x. DEPTH such steps are in flight, and the first ones' weights
-// are loaded before the wait for the kernel that makes x.
+// are loaded before the wait for the kernel that makes x. `ahead`: weights of a later product, fetched into L2
+// meanwhile.
 #include "common.cuh"
 
 using T = DTYPE;
@@ -43,8 +44,8 @@ struct Weights {
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS* kWarp)
-    skinny_gemm(const T* x, int64 x_stride, const T* w, const T* norm, double eps, T* out, int64 out_stride,
-                int64 rows) {
+    skinny_gemm(const T* x, int64 x_stride, const T* w, const T* norm, double eps, T* out, int64 out_stride, int64 rows,
+                const char* ahead, int64 ahead_bytes) {
     constexpr int kOut = GATED ? TILES / 2 * 16 : TILES * 16;  // of the output, a block
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = lane / 4, quad = lane % 4;
     const T* mine = w + (static_cast<int64>(blockIdx.x) * kOut + group) * WIDTH;
@@ -55,6 +56,8 @@ extern "C" __global__ void __launch_bounds__(WARPS* kWarp)
         const int step = warp + d * WARPS;
         if (step < kSteps) next[d].load(mine, norm, step * kStep + quad * 8);
     }
+    const int64 chunk = (static_cast<int64>(threadIdx.x) * gridDim.x + blockIdx.x) * CHUNK;
+    if (chunk < ahead_bytes) prefetch(ahead + chunk, CHUNK);
     pdl::trigger();
     pdl::wait();
     for (int first = warp; first < kSteps; first += DEPTH * WARPS) {

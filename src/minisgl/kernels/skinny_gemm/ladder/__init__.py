@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def _v3(apart: int, device: int, dtype: torch.dtype, shape: Shape, config: Confi
     blocks = -(-pieces // -(-pieces // resident))  # as few rounds as it takes, all alike
     start = prepare(build_v3(dtype, shape, warps, eights, depth, apart), device, blocks, warps * 32, config.pdl)
 
-    def run(x: Tensor, weight: Tensor, out: Tensor, norm: Tensor | None, eps: float, gated: bool, added: bool) -> None:
+    def run(x: Tensor, weight: Tensor, out: Tensor, norm: Any, eps: float, _: bool, __: bool, ahead: Any) -> None:
         gain = 0 if norm is None else norm.data_ptr()
         start(x.data_ptr(), x.stride(0), weight.data_ptr(), gain, eps, out.data_ptr(), out.stride(0), x.shape[0])
 

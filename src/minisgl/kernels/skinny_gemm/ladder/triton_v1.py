@@ -49,7 +49,15 @@ def _skinny(
 
 
 def run(
-    x: Tensor, weight: Tensor, out: Tensor, norm: Tensor | None, eps: float, gated: bool, add: bool, columns: int = 16
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    gated: bool,
+    add: bool,
+    ahead: Tensor | None = None,
+    columns: int = 16,
 ) -> None:
     """As `skinny_gemm`; `columns` of the output a program."""
     rows, (width, depth) = x.shape[0], (out.shape[1], x.shape[1])
