@@ -227,7 +227,7 @@ def test_capture_keeps_the_collector_out(
                 raise RuntimeError(f"captured no more than {len(garbage)}")
             return super()._capture(step, memory)
 
-    driver = Driver(oracle[0])
+    driver = Driver(oracle[0], attention="torch_sdpa")  # layers that ask the backend
     runner = driver.engine.runner
     with torch.inference_mode(), pytest.raises(RuntimeError) if fails else nullcontext():
         Littering(runner.model, runner.pool, DeviceOnly(), runner.rows, [1, 2, 3], False)
