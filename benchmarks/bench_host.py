@@ -52,7 +52,7 @@ class EmptyGraphs(DecodeGraphs):
 
     def _capture(self, step: DecodeStep, memory: Any) -> tuple[Captured, Any]:
         graph: Any = Nothing()
-        step.tokens.fill_(100)
+        self.mail._tokens.fill_(100)
         return Captured(step, graph, graph, torch.empty(step.size, 0)), None
 
 

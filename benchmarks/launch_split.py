@@ -3,8 +3,8 @@
 Each piece is timed where the engine calls it, once with the GPU idle (`idle`) and once behind the step before, as when
 steps overlap (`behind`): a driver's call may wait for room in a queue then.
 
-    words     rows and pages of the batch as the graph's input      upload    its copy to the device
-    replay    the graph's launch                                    download  the tokens' copy to the host, its event
+    slot      of pinned memory for the graph's input, waiting for its last use      words   of the batch, put there
+    replay    the graph's launch                                                    event   recorded behind it
     rest      of the whole launch
 
 Beside it what such calls cost by themselves: graphs of empty kernels, with programmatic dependent launch and without;
@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from common import spread
 
@@ -30,7 +29,7 @@ from minisgl.kernels import nvrtc
 from minisgl.profiling.ceilings import EMPTY
 from minisgl.timing import collector_off
 
-PIECES = ("words", "upload", "replay", "download")
+PIECES = ("slot", "words", "replay", "event")
 CHAIN = (1, 100, 300)  # kernels of a graph
 REPEATS = 40
 
@@ -80,10 +79,13 @@ def _launch(engine: Engine) -> list[tuple[Any, str, str]]:
     runner = engine.runner
     places: list[tuple[Any, str, str]] = [(runner, "launch", "launch")]
     if runner.graphs is not None:
-        places += [(runner.graphs.state, "decode_words", "words"), (runner.upload, "send", "upload")]
+        mail = runner.graphs.mail
+        places += [
+            (runner.graphs.state, "decode_words", "words"),
+            (mail, "next_words", "slot"),
+            (mail, "tokens", "event"),
+        ]
         places += [(step.plain, "replay", "replay") for step in runner.graphs._steps.values()]
-    if runner.download is not None:
-        places.append((runner, "download", "download"))
     return places
 
 
@@ -138,11 +140,13 @@ def one_or_two(engine: Engine) -> dict[str, Any]:
     assert graphs is not None
     captured: Captured = graphs._steps[graphs.max_batch, graphs.widths[0]]
     step, pool = captured.step, captured.plain.pool()
-    step.words.copy_(torch.from_numpy(np.repeat(graphs._pad, step.size, axis=1)))
+    graphs.mail.reset(step.size)
     forward, logits = _captured(step.forward, pool)
     sampler, _ = _captured(partial(step.sample, logits, False), pool)
     found = {"one": captured.plain, "forward": forward, "sampler": sampler}
-    return {"batch": step.size} | {name: _replays(graph) for name, graph in found.items()}
+    row = {"batch": step.size} | {name: _replays(graph) for name, graph in found.items()}
+    graphs.mail.reset()
+    return row
 
 
 def calls() -> dict[str, float]:

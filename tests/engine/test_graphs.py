@@ -87,9 +87,9 @@ def _driver(
     replayed: list[int] = []
     replay = runner.graphs.replay
 
-    def record(upload: Any, batch: Any, way: Way) -> Any:
+    def record(batch: Any, way: Way) -> Any:
         replayed.append(len(batch.requests))
-        return replay(upload, batch, way)
+        return replay(batch, way)
 
     runner.graphs.replay = record  # type: ignore[method-assign]
     return driver, replayed

@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps: a step costs the host one small copy and one launch, or two.
+"""CUDA graphs of decode steps: a step costs the host one launch, or two.
 
 There is a graph for each batch size of a ladder; a smaller batch is padded with the dummy row. A graph takes its
 inputs from `DeviceRows`: the host sends the rows of the batch and the pages that they gained. The page table's width
@@ -21,7 +21,7 @@ from minisgl.attention.base import AttentionBackend, ForwardBatch
 from minisgl.cache.pool import KVPool
 from minisgl.engine.sampler import Way, filter_rows, gumbel_argmax
 from minisgl.engine.scheduler import ScheduledBatch
-from minisgl.engine.state import DeviceRows, RowParams, Uploader
+from minisgl.engine.state import DeviceRows, Mailbox, RowParams, alias
 from minisgl.kernels.prepare.op import NEVER, DecodeInputs, prepare
 from minisgl.models.decoder import CausalLM
 from minisgl.timing import collector_off
@@ -38,14 +38,16 @@ def batch_sizes(max_batch: int) -> list[int]:
 class DecodeStep:
     """The work of one decode step over fixed memory, for `size` requests: what a graph captures.
 
-    words: [3, size] int32, the only input: see `kernels.prepare`. pages: how many a request has at most.
+    mail: brings the only input, see `kernels.prepare`, and takes the tokens. pages: how many a request has at most.
     """
 
     def __init__(
-        self, model: CausalLM, pool: KVPool, attention: AttentionBackend, state: DeviceRows, words: Tensor, pages: int
-    ) -> None:
-        self.model, self.pool, self.attention, self.state = model, pool, attention, state
-        self.words, self.size, device = words, words.shape[1], words.device
+        self, model: CausalLM, pool: KVPool, attention: AttentionBackend, state: DeviceRows, mail: Mailbox, size: int,
+        pages: int,
+    ) -> None:  # fmt: skip
+        self.model, self.pool, self.attention, self.state, self.mail = model, pool, attention, state, mail
+        self.size, device = size, pool.k.device
+        self.words = torch.zeros(3, size, dtype=torch.int32, device=device)
         self.table = state.page_table[:, :pages]
         self.inputs = DecodeInputs.empty(self.size, device)
         self.tokens = torch.zeros(self.size, dtype=torch.int64, device=device)
@@ -54,6 +56,7 @@ class DecodeStep:
     def forward(self) -> Tensor:
         """Reads the rows' state, runs the model, counts the token computed. Returns logits [size, V]."""
         x, nothing = self.inputs, np.empty(0, np.int32)
+        self.mail.receive(self.words)
         prepare(self.words, self.state.tables, self.pool.page_size, x)
         batch = ForwardBatch(
             x.ids, x.positions, x.slots, self.table, x.lens, self._starts, None, self.size, nothing, nothing,
@@ -85,6 +88,7 @@ class DecodeStep:
         else:
             self.tokens.copy_(gumbel_argmax(logits, params, x.output_index, vocab))
             last.index_copy_(0, self.words[0].long(), self.tokens.to(torch.int32))
+        self.mail.send(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,7 @@ class DecodeGraphs:
     ) -> None:
         self.sizes, self.max_batch, self.state = sizes, sizes[-1], state
         self.filters = model.vocab.whole
-        self._pad = np.array([[state.dummy], [NEVER], [0]], np.int32)
+        self.mail = Mailbox(self.max_batch, np.array([[state.dummy], [NEVER], [0]], np.int32), pool.k.device)
         self.page_size, most = pool.page_size, state.page_table.shape[1]
         self.widths = sorted({min((attention.short_context or most * self.page_size) // self.page_size, most), most})
         self._steps: dict[tuple[int, int], Captured] = {}
@@ -119,37 +123,39 @@ class DecodeGraphs:
         wanted = [(size, pages) for size in reversed(self.sizes) for pages in self.widths]
         with collector_off():
             for size, pages in _progress(wanted, progress):  # the largest first: others fit its memory
-                words = torch.from_numpy(np.repeat(self._pad, size, axis=1)).to(pool.k.device)
-                step = DecodeStep(model, pool, attention, state, words, pages)
+                step = DecodeStep(model, pool, attention, state, self.mail, size, pages)
                 self._steps[size, pages], memory = self._capture(step, memory)
+        self.mail.reset()
 
     @torch.inference_mode()
     def _capture(self, step: DecodeStep, memory: Any) -> tuple[Captured, Any]:
         """The step's graphs, in the pool `memory` (None: a new one), which is returned for the next."""
+        self.mail.reset(step.size)
         logits = step.run()  # kernels are compiled, libraries make their handles
         if self.filters:
             step.sample(logits, True)
         del logits
         plain, logits = _captured(step.run, memory)
         filtered = _captured(lambda: step.sample(logits, True), plain.pool())[0] if self.filters else None
-        return Captured(step, plain, filtered, _alias(logits)), plain.pool()
+        return Captured(step, plain, filtered, alias(logits, logits.device)), plain.pool()
 
-    def replay(self, upload: Uploader, batch: ScheduledBatch, way: Way) -> Captured:
+    def replay(self, batch: ScheduledBatch, way: Way) -> tuple[Captured, Tensor, torch.cuda.Event | None]:
         """Starts a step for requests that decode.
 
-        Its tokens are those of `way`, or where that is EAGER, still to be replaced.
+        Returns:
+            Beside the step, where on the host its tokens [R] int64 will be, and the event after which they are there.
+            They are those of `way`, or where that is EAGER, of no use.
         """
-        size = next(s for s in self.sizes if s >= len(batch.requests))
+        count = len(batch.requests)
+        size = next(s for s in self.sizes if s >= count)
         pages = next(w for w in self.widths if w * self.page_size > max(batch.starts))
         captured = self._steps[size, pages]
-        words = np.repeat(self._pad, size, axis=1)
-        self.state.decode_words(batch.requests, batch.grown, words)
-        upload.send(words.ravel(), out=captured.step.words.view(-1))
+        self.state.decode_words(batch.requests, batch.grown, self.mail.next_words(size))
         captured.step.attention.before_replay(size, pages, batch.starts)
         captured.plain.replay()
         if way is Way.FILTERED and captured.filtered is not None:
             captured.filtered.replay()
-        return captured
+        return captured, *self.mail.tokens(count)
 
 
 def _captured(work: Callable[[], T], memory: Any) -> tuple[torch.cuda.CUDAGraph, T]:
@@ -167,16 +173,3 @@ def _progress(work: list[tuple[int, int]], show: bool) -> Iterable[tuple[int, in
     from rich.progress import track
 
     return track(work, "Capturing CUDA graphs", console=Console(stderr=True))
-
-
-def _alias(x: Tensor) -> Tensor:
-    """The memory of `x` without holding it: the next capture may use it for what is dead before this is read."""
-    words = {1: "|u1", 2: "<u2", 4: "<u4"}[x.element_size()]
-
-    class View:
-        __cuda_array_interface__ = {
-            "data": (x.data_ptr(), False), "shape": tuple(x.shape), "typestr": words, "version": 3,
-            "strides": tuple(s * x.element_size() for s in x.stride()),
-        }  # fmt: skip
-
-    return torch.as_tensor(View(), device=x.device).view(x.dtype)

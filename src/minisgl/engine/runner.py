@@ -119,12 +119,12 @@ class ModelRunner:
         requests = handle.requests
         way = max(self.states[r.row].way for r in requests) if self._special else Way.PLAIN
         with span("forward"):
-            done = graphs.replay(self.upload, handle.batch, way)
-        count, step, x = len(requests), done.step, done.step.inputs
-        with span("sample"):
-            if way is not Way.EAGER:
-                self._fetch(handle, step.tokens[:count])
-            else:
+            done, tokens, event = graphs.replay(handle.batch, way)
+        if way is not Way.EAGER:
+            handle.tokens, handle.done = tokens, event
+        else:
+            count, step, x = len(requests), done.step, done.step.inputs
+            with span("sample"):
                 rows, params = step.words[0, :count], RowParams(x.params[:count])
                 self._sample(handle, done.logits[:count], rows, params, x.output_index[:count])
 
@@ -165,7 +165,7 @@ class ModelRunner:
     def _fetch(self, handle: StepHandle, tokens: Tensor) -> None:
         """Starts the copy of the step's tokens to the host."""
         if self.download is None:
-            handle.tokens = tokens.clone()  # a graph's are overwritten by its next replay
+            handle.tokens = tokens
         else:
             handle.tokens, handle.done = self.download(tokens)
 

@@ -40,10 +40,8 @@ class Uploader:
         parts: Sequence[Tensor] = packed.split(sizes)  # type: ignore[no-untyped-call]
         return [part[: a.size].view(a.shape) for part, a in zip(parts, arrays, strict=True)]
 
-    def send(self, words: np.ndarray, out: Tensor | None = None) -> Tensor:
-        """Copies `words` [N] int32 to the device: to `out`, or to a new tensor."""
-        if self.device.type == "cpu":
-            return torch.from_numpy(words) if out is None else out.copy_(torch.from_numpy(words))
+    def send(self, words: np.ndarray) -> Tensor:
+        """Copies `words` [N] int32 to the device."""
         i, self._next = self._next, (self._next + 1) % RING
         event = self._done[i]
         if event is not None:
@@ -52,10 +50,7 @@ class Uploader:
             self._buffers[i] = torch.empty(2 * words.size, dtype=torch.int32, pin_memory=True)
         staged = self._buffers[i][: words.size]
         staged.numpy()[:] = words
-        if out is None:
-            out = staged.to(self.device, non_blocking=True)
-        else:
-            out.copy_(staged, non_blocking=True)
+        out = staged.to(self.device, non_blocking=True)
         if event is None:
             event = self._done[i] = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
@@ -75,6 +70,82 @@ class Downloader:
         copy = buffer[: tokens.shape[0]].copy_(tokens, non_blocking=True)
         done.record()
         return copy, done
+
+
+class Mailbox:
+    """Pinned memory through which the host passes a graph its words and gets its tokens, with no copy of CUDA's.
+
+    Steps take its slots in turn. A graph counts the turns on the device, so that the host can write the next step's
+    words while the one before is still waiting; a slot comes up again RING steps later.
+
+    Args:
+        size: requests of a step at most. pad: [3, 1] int32, the words of one that isn't there.
+    """
+
+    def __init__(self, size: int, pad: np.ndarray, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        inbox = torch.zeros(RING, 3 * size, dtype=torch.int32, pin_memory=pinned)
+        outbox = torch.zeros(RING, size, dtype=torch.int64, pin_memory=pinned)
+        self._words, self._tokens, self._pad = inbox.numpy(), outbox, pad
+        self._inbox, self._outbox = alias(inbox, device), alias(outbox, device)
+        self._keep = inbox, outbox  # what aliases don't
+        self._turn = torch.zeros(1, dtype=torch.int64, device=device)
+        self._slot = 0
+        events = (torch.cuda.Event() for _ in range(RING if pinned else 0))  # type: ignore[no-untyped-call]
+        self._done: list[torch.cuda.Event] = list(events)
+
+    def reset(self, size: int = 0) -> None:
+        """The next step takes slot 1, which has words for `size` requests that aren't there. Nothing may be running."""
+        if self._done:
+            torch.cuda.synchronize()
+        self._turn.zero_()
+        self._slot = 0
+        self._words[:, : 3 * size] = self._pad.repeat(size, axis=1).ravel()
+
+    # -- on the device, captured
+
+    def receive(self, words: Tensor) -> None:
+        """Begins a turn: `words` [3, R] int32 are the host's."""
+        self._turn.add_(1).bitwise_and_(RING - 1)
+        torch.index_select(self._inbox[:, : words.numel()], 0, self._turn, out=words.view(1, -1))
+
+    def send(self, tokens: Tensor) -> None:
+        """Gives the host `tokens` [R] int64 of the turn."""
+        self._outbox[:, : tokens.shape[0]].index_copy_(0, self._turn, tokens[None])
+
+    # -- on the host
+
+    def next_words(self, size: int) -> np.ndarray:
+        """The words [3, `size`] of the next step, to be filled."""
+        self._slot = slot = (self._slot + 1) % RING
+        if self._done:
+            self._done[slot].synchronize()  # RING steps ago: long done
+        words = self._words[slot, : 3 * size].reshape(3, size)
+        words[:] = self._pad
+        return words
+
+    def tokens(self, count: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Where the tokens [`count`] of the step just launched will be, and the event after which they are there."""
+        if not self._done:
+            return self._tokens[self._slot, :count], None
+        done = self._done[self._slot]
+        done.record()
+        return self._tokens[self._slot, :count], done
+
+
+def alias(x: Tensor, device: torch.device) -> Tensor:
+    """The memory of `x`, which lies on `device` or is pinned, as the device sees it and without holding it."""
+    if device.type == "cpu":
+        return x
+    words = {1: "|u1", 2: "<u2", 4: "<u4", 8: "<i8"}[x.element_size()]
+
+    class View:
+        __cuda_array_interface__ = {
+            "data": (x.data_ptr(), False), "shape": tuple(x.shape), "typestr": words, "version": 3,
+            "strides": tuple(s * x.element_size() for s in x.stride()),
+        }  # fmt: skip
+
+    return torch.as_tensor(View(), device=device).view(x.dtype)
 
 
 class DeviceRows:
