@@ -7,6 +7,7 @@ sampled, it reads from `DeviceRows`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from minisgl.engine.graphs import DecodeGraphs
 from minisgl.engine.prompt_logprobs import prompt_rows, read_prompts
 from minisgl.engine.sampler import RowState, SampledTokens, Way, sample
 from minisgl.engine.scheduler import ScheduledBatch
-from minisgl.engine.state import DeviceRows, Downloader, RowParams, Uploader, param_words
+from minisgl.engine.state import DeviceRows, RowParams, param_words, upload
 from minisgl.models.decoder import CausalLM
 from minisgl.timing import span
 from minisgl.types import Request, TokenLogprob
@@ -56,8 +57,7 @@ class ModelRunner:
         self.attention = attention
         self.seed = seed
         self.device = pool.k.device
-        self.upload = Uploader(self.device)
-        self.download = None if self.device.type == "cpu" else Downloader(num_rows)
+        self.upload = partial(upload, self.device)
         self.rows = DeviceRows(num_rows, -(-max_tokens // pool.page_size), pool.dummy_page, self.device)
         self.states: dict[int, RowState] = {}  # by row
         self._unsampled: set[int] = set()  # rows whose next input isn't their `last_token`: prompts in chunks
@@ -164,10 +164,13 @@ class ModelRunner:
 
     def _fetch(self, handle: StepHandle, tokens: Tensor) -> None:
         """Starts the copy of the step's tokens to the host."""
-        if self.download is None:
+        if self.device.type == "cpu":
             handle.tokens = tokens
-        else:
-            handle.tokens, handle.done = self.download(tokens)
+            return
+        handle.tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        handle.tokens.copy_(tokens, non_blocking=True)
+        handle.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        handle.done.record()
 
     def _forward_batch(self, batch: ScheduledBatch) -> tuple[ForwardBatch, Tensor]:
         """The inputs of a step, and its requests' rows [S] int32; brings `DeviceRows` up to this step."""

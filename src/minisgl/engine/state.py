@@ -7,7 +7,6 @@ the step before sampled, is read from the rows, so that a step can be launched b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle
 
 import numpy as np
 import torch
@@ -16,60 +15,22 @@ from torch import Tensor
 from minisgl.kernels.prepare.op import RowTables
 from minisgl.types import Request
 
-RING = 8  # pinned buffers: two transfers a step at most, and three steps of which one may still wait its turn
+RING = 8  # slots of a mailbox, a power of two: of at most two steps the tokens may not have been read
 ALIGN = 4  # words; so that every array of a transfer starts at 16 bytes
 
 
-class Uploader:
-    """Copies int32 arrays to the device, all of a step in one transfer that the host doesn't wait for."""
+def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    """int32 arrays as tensors of the same shapes on `device`, in one transfer that the host doesn't wait for.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.int32)] * RING
-        self._done: list[torch.cuda.Event | None] = [None] * RING
-        self._next = 0
-
-    def __call__(self, *arrays: np.ndarray) -> list[Tensor]:
-        """The arrays as tensors of the same shapes; on a CPU they share memory with them."""
-        if self.device.type == "cpu":
-            return [torch.from_numpy(a) for a in arrays]
-        sizes = [-(-a.size // ALIGN) * ALIGN for a in arrays]
-        packed = self.send(
-            np.concatenate([np.pad(a.ravel(), (0, s - a.size)) for a, s in zip(arrays, sizes, strict=True)])
-        )
-        parts: Sequence[Tensor] = packed.split(sizes)  # type: ignore[no-untyped-call]
-        return [part[: a.size].view(a.shape) for part, a in zip(parts, arrays, strict=True)]
-
-    def send(self, words: np.ndarray) -> Tensor:
-        """Copies `words` [N] int32 to the device."""
-        i, self._next = self._next, (self._next + 1) % RING
-        event = self._done[i]
-        if event is not None:
-            event.synchronize()  # RING transfers ago: long done
-        if self._buffers[i].numel() < words.size:
-            self._buffers[i] = torch.empty(2 * words.size, dtype=torch.int32, pin_memory=True)
-        staged = self._buffers[i][: words.size]
-        staged.numpy()[:] = words
-        out = staged.to(self.device, non_blocking=True)
-        if event is None:
-            event = self._done[i] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return out
-
-
-class Downloader:
-    """Copies up to `size` tokens to the host, which doesn't wait. Of the last RING copies each is still there."""
-
-    def __init__(self, size: int) -> None:
-        pinned = (torch.empty(size, dtype=torch.int64, pin_memory=True) for _ in range(RING))
-        self._ring = cycle([(buffer, torch.cuda.Event()) for buffer in pinned])  # type: ignore[no-untyped-call]
-
-    def __call__(self, tokens: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        """The copy of `tokens` [R] int64, and the event after which it is complete."""
-        buffer, done = next(self._ring)
-        copy = buffer[: tokens.shape[0]].copy_(tokens, non_blocking=True)
-        done.record()
-        return copy, done
+    On a CPU they share memory with the arrays.
+    """
+    if device.type == "cpu":
+        return [torch.from_numpy(a) for a in arrays]
+    sizes = [-(-a.size // ALIGN) * ALIGN for a in arrays]
+    words = np.concatenate([np.pad(a.ravel(), (0, s - a.size)) for a, s in zip(arrays, sizes, strict=True)])
+    packed = torch.from_numpy(words).pin_memory().to(device, non_blocking=True)
+    parts: Sequence[Tensor] = packed.split(sizes)  # type: ignore[no-untyped-call]
+    return [part[: a.size].view(a.shape) for part, a in zip(parts, arrays, strict=True)]
 
 
 class Mailbox:
