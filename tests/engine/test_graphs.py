@@ -254,7 +254,7 @@ class LitteringGraphs(DecodeGraphs):
     def _capture(self, step: DecodeStep, memory: Any) -> Any:
         graphs = [torch.cuda.CUDAGraph() for _ in range(4)]
         for graph in graphs:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 torch.zeros(1, device="cuda")
         sample = step.sample
 
