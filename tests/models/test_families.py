@@ -76,10 +76,22 @@ def test_logits_in_half_precision_stay_close(checkpoint: Checkpoint, family: str
     assert float((ours - expected).norm() / expected.norm()) < 0.08
 
 
-def test_forward_without_wanted_logits_returns_no_rows(checkpoint: Checkpoint) -> None:
-    folder, _ = checkpoint("llama")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_without_wanted_logits_returns_no_rows(checkpoint: Checkpoint, family: str) -> None:
+    folder, _ = checkpoint(family)
     loop = Loop(load(folder))
     seq = loop.add([3, 4, 5])
     batch = loop._batch([(seq, 2)], want_all=False)
     batch.logits_indices = torch.zeros(0, dtype=torch.int64)
     assert loop.model.forward(batch).shape == (0, loop.model.config.vocab_size)
+
+
+def test_last_layer_computes_no_more_than_the_wanted_rows(checkpoint: Checkpoint) -> None:
+    folder, _ = checkpoint("qwen3")
+    loop, rows = Loop(load(folder)), []
+    for layer in loop.model.layers:
+        layer.mlp.register_forward_hook(lambda _module, given, _out: rows.append(given[0].shape[0]))
+    work = [(loop.add([3, 4, 5, 6, 7]), 5), (loop.add([8, 9, 10]), 3)]
+    logits = loop.model.forward(loop._batch(work, want_all=False))
+    assert logits.shape[0] == 2
+    assert rows == [8] * (len(rows) - 1) + [2] and len(rows) > 1

@@ -38,17 +38,25 @@ class DecoderLayer(nn.Module):
         self.after: tuple[Weight | None, Weight | None] = (None, None)  # the first products behind this layer
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, rotation: Rotation | Tensor, batch: ForwardBatch
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rotation: Rotation | Tensor,
+        batch: ForwardBatch,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """rows: [R] int64, of [T]: those wanted back, as of the last layer; what only the others need is left out."""
         if self.skinny:
-            return self._forward_skinny(x, residual, rotation, batch)
+            return self._forward_skinny(x, residual, rotation, batch, rows)
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, rotation, batch)
+        if rows is not None:
+            x, residual = x.index_select(0, rows), residual.index_select(0, rows)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
 
     def _forward_skinny(
-        self, x: Tensor, residual: Tensor | None, rotation: Rotation | Tensor, batch: ForwardBatch
+        self, x: Tensor, residual: Tensor | None, rotation: Rotation | Tensor, batch: ForwardBatch, rows: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """A product may have the L2 cache fetch the weight of the next but one: memory would idle during attention."""
         attention, mlp = self.self_attn, self.mlp
@@ -57,7 +65,10 @@ class DecoderLayer(nn.Module):
             (mlp.gate_up_proj.weight, mlp.down_proj.weight, *self.after) if self.fetch_ahead else (None,) * 4
         )
         qkv, stream = _behind_norm(self.input_layernorm, attention.qkv_proj, x, residual, None, gate_up)
-        x, residual = _onto(stream, attention.o_proj, attention.attend(qkv, rotation, batch), down)
+        x = attention.attend(qkv, rotation, batch)
+        if rows is not None:
+            x, stream = x.index_select(0, rows), stream.index_select(0, rows)
+        x, residual = _onto(stream, attention.o_proj, x, down)
         norm = self.post_attention_layernorm
         inner, stream = _behind_norm(norm, mlp.gate_up_proj, x, residual, mlp.activate, qkv_next)
         return _onto(stream, mlp.down_proj, inner, o_next)
@@ -152,12 +163,10 @@ class CausalLM(nn.Module):
         rotation = self.rotary(batch.positions)
         x = self.embed_tokens.embed(batch.input_ids)
         residual: Tensor | None = None
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x, residual = layer(x, residual, rotation, batch)
-        rows = batch.logits_indices
-        if rows is not None:
-            x = x.index_select(0, rows)
-            residual = None if residual is None else residual.index_select(0, rows)
+        x, residual = last(x, residual, rotation, batch, batch.logits_indices)
         return self.norm(x, residual)[0]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
