@@ -107,9 +107,9 @@ def test_table_goes_to_the_users_cache_by_default(tmp_path: Path, monkeypatch: p
 def _measured(tokens: int, engine: float, ours: float, scatter: float = 0.01) -> dict[str, Any]:
     def variant(name: str, us: float, config: list[int] | None = None) -> dict[str, Any]:
         times = {"median": us, "p10": us - scatter, "p90": us + scatter}
-        return {"variant": name, "us": times, "version": "v2" if config else None, "config": config}
+        return {"variant": name, "us": times, "version": "v3" if config else None, "config": config}
 
-    variants = [variant("cublas", 0.5), variant("engine", engine), variant("v2", ours, [128, 2]), variant("v1", 0.1)]
+    variants = [variant("cublas", 0.5), variant("engine", engine), variant("v3", ours, [128, 2]), variant("v1", 0.1)]
     return {"n": 64, "k": 32, "tokens": tokens, "norm": 1, "gated": 0, "add": 0, "variants": variants}
 
 

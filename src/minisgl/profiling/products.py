@@ -17,7 +17,7 @@ from minisgl.hardware import detect
 from minisgl.kernels.rmsnorm.op import add_rmsnorm
 from minisgl.kernels.silu_mul.op import silu_mul
 from minisgl.kernels.skinny_gemm.cases import SPEC, case
-from minisgl.kernels.skinny_gemm.ladder import tiling_v3, triton_v1
+from minisgl.kernels.skinny_gemm.ladder import tiling_v2, triton_v1
 from minisgl.kernels.skinny_gemm.op import KERNEL, product_name, skinny_gemm, tiling
 from minisgl.kernels.spec import Shape
 from minisgl.kernels.tuning import Config, batch_bucket
@@ -30,7 +30,7 @@ MODELS = ("qwen3-0.6b", "qwen3-8b", "qwen3-4b", "llama-3.2-1b", "llama-3.2-3b", 
 BATCHES = (1, 8, 16, 32, 64)  # each the largest of its bucket
 DTYPE = torch.bfloat16
 ENGINE = KERNEL.versions[0].name  # the version that the engine runs
-TILINGS = {"v2": tiling, "v3": tiling_v3, "v3 apart": tiling_v3}
+TILINGS = {"v3": tiling, "v3 close": tiling, "v2": tiling_v2}
 
 
 def products(model: str, batch: int) -> Iterator[tuple[str, Shape]]:

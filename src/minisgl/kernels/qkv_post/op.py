@@ -63,7 +63,7 @@ def qkv_post(
 
 @by_layout
 def _plan(tensors: tuple[Any, ...], version: str | None, config: Config | None) -> Run:
-    num_q = _check(*tensors)
+    num_q = _check(tensors)
     qkv, q_weight, _, _, _, k_cache, v_cache, slots, q_out, *_ = tensors
     given = {name: x for name, x in zip(_TENSORS, tensors, strict=True) if x is not None}
     device = check.cuda(**given)
@@ -89,20 +89,9 @@ def _plan(tensors: tuple[Any, ...], version: str | None, config: Config | None) 
     return run
 
 
-def _check(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos_sin: Tensor,
-    positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    q_out: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> int:
+def _check(tensors: tuple[Any, ...]) -> int:
     """The number of query heads."""
+    qkv, q_weight, k_weight, cos_sin, positions, k_cache, v_cache, slots, q_out, k_scale, v_scale = tensors
     check.dims("slots", slots, 1, "[T]")
     check.dtype("slots", slots, check.IDS)
     check.dims("k_cache", k_cache, 3, "[slots, Hkv, D]")
@@ -138,7 +127,7 @@ def _check(
     if q_out is not None:
         check.shape("q_out", q_out, (tokens, num_q, dim))
     check.contiguous("slots", slots)
-    return num_q
+    return int(num_q)
 
 
 def check_angles(cos_sin: Tensor, positions: Tensor, tokens: int, dim: int) -> None:

@@ -57,9 +57,7 @@ def add_rmsnorm(
 @by_layout
 def _plan(tensors: tuple[Any, ...], version: str | None, config: Config | None) -> Run:
     x, residual, weight, out = tensors
-    matrices: dict[str, Tensor] = (
-        {"x": x, "out": out} if residual is None else {"x": x, "residual": residual, "out": out}
-    )
+    matrices = {"x": x, "out": out} | ({} if residual is None else {"residual": residual})
     check.dims("x", x, 2, "[T, H]")
     check.shape("weight", weight, (x.shape[1],))
     check.contiguous("weight", weight)

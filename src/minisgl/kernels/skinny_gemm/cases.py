@@ -94,13 +94,11 @@ def _spec(name: str, bench: Shape, cases: tuple[Shape, ...], builds: tuple[Build
 
 
 _BUILDS = (
-    build_for(torch.bfloat16, case(1, 4096, 1024, 1), 8, 1, 4),
-    build_for(torch.bfloat16, case(8, 6144, 1024, 1, 1), 8, 2, 4),
-    build_for(torch.float16, case(64, 4096, 4096), 8, 1, 1),
-    build_for(torch.bfloat16, case(32, 24576, 4096, 1, 1), 4, 2, 1),
-    build_for(torch.bfloat16, case(16, 960, 576, 1), 4, 4, 1),
-    build_for(torch.bfloat16, case(1, 1024, 2048, add=1), 8, 1, 4),
-    build_for(torch.float16, case(40, 4096, 12288, add=1), 16, 2, 1),
+    build_for(torch.bfloat16, case(1, 6144, 1024, 1, 1), 16, 8, 2),
+    build_for(torch.bfloat16, case(8, 24576, 4096, 1, 1), 8, 4, 3),
+    build_for(torch.bfloat16, case(8, 1024, 3072, add=1), 16, 1, 4),
+    build_for(torch.float16, case(32, 4096, 4096), 8, 2, 1),
+    build_for(torch.bfloat16, case(16, 960, 576, 1), 4, 4, 1, 0),
 )
 SPEC = register(
     _spec(

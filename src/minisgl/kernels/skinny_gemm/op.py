@@ -75,35 +75,38 @@ def _plan(tensors: tuple[Tensor, ...], gated: bool, add: bool, version: str | No
     return launcher("skinny_gemm", device, x.dtype, version, config, rows, n, k, *fused) if rows else nothing
 
 
-def fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
+def _fits(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
     if dtype not in MMA:
         return "expected bfloat16 or float16"
-    if shape["k"] % 32 or shape["n"] % (32 if shape["gated"] else 16):
-        return f"a weight of {shape['n']} x {shape['k']} doesn't divide into tiles of 16 x 32"
+    if shape["k"] % 32 or shape["n"] % (16 if shape["gated"] else 8):
+        return f"a weight of {shape['n']} x {shape['k']} doesn't divide into tiles of 8 x 32"
     return None
 
 
 def tiling(shape: Shape, config: Config) -> tuple[int, int, int]:
-    """Warps, tiles of 16 rows of the weight a block, and depth: as `config` wants, if the shape allows."""
-    most, batch_tiles = shape["n"] // 16, -(-shape["tokens"] // 8)
-    wanted = max(config.work, 1 + shape["gated"])
-    tiles = next(t for t in (4, 2, 1) if t <= wanted and most % t == 0)
-    depth = min(8 // (tiles * batch_tiles), 4, -(-shape["k"] // config.threads))
-    return config.threads // 32, tiles, max(1, depth)
+    """Warps, groups of eight rows of the weight a block, depth: as `config` wants, if memory and registers allow."""
+    batch_tiles, least = -(-shape["tokens"] // 8), 1 + shape["gated"]
+    warps = min(config.threads // 32, 128 // (batch_tiles * least))
+    most = max(min(config.work, 16 // batch_tiles, 128 // (warps * batch_tiles)), least)
+    eights = next(e for e in (8, 4, 2, 1) if e <= most and shape["n"] % (8 * e) == 0)
+    depth = min(20 // (eights + batch_tiles + shape["norm"]), -(-shape["k"] // (32 * warps)))
+    return warps, eights, max(1, depth)
 
 
-def build_for(dtype: torch.dtype, shape: Shape, warps: int, tiles: int, depth: int) -> Build:
-    sizes = {"BATCH": -(-shape["tokens"] // 8) * 8, "COLUMNS": shape["n"], "WIDTH": shape["k"]}
-    fused = {"NORM": shape["norm"], "GATED": shape["gated"], "ADD": shape["add"]}
+def build_for(dtype: torch.dtype, shape: Shape, warps: int, eights: int, depth: int, apart: int = 1) -> Build:
+    sizes = {"BATCH": -(-shape["tokens"] // 8) * 8, "COLUMNS": shape["n"], "WIDTH": shape["k"], "CHUNK": CHUNK}
+    fused = {"NORM": shape["norm"], "GATED": shape["gated"], "ADD": shape["add"], "RESIDENT": max(1, 16 // warps)}
     types = {"DTYPE": CTYPES[dtype], "MMA_TYPE": f'"{MMA[dtype]}"'}
-    loops = {"WARPS": warps, "TILES": tiles, "DEPTH": depth, "CHUNK": CHUNK}
+    loops = {"WARPS": warps, "EIGHTS": eights, "DEPTH": depth, "APART": apart}
     return Build.of("skinny_gemm/skinny_gemm.cu", "skinny_gemm", **types, **sizes, **fused, **loops)
 
 
-def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
-    warps, tiles, depth = tiling(shape, config)
-    build = build_for(dtype, shape, warps, tiles, depth)
-    start = prepare(build, device, shape["n"] // 16 // tiles, warps * 32, config.pdl)
+def prepare_v3(device: int, dtype: torch.dtype, shape: Shape, config: Config, apart: int = 1) -> Run:
+    warps, eights, depth = tiling(shape, config)
+    resident = torch.cuda.get_device_properties(device).multi_processor_count * max(1, 16 // warps)
+    pieces = shape["n"] // 8 // eights
+    blocks = -(-pieces // -(-pieces // resident))  # as few rounds as it takes, all alike
+    start = prepare(build_for(dtype, shape, warps, eights, depth, apart), device, blocks, warps * 32, config.pdl)
 
     def run(x: Tensor, weight: Tensor, out: Tensor, norm: Any, eps: float, _: bool, __: bool, ahead: Any) -> None:
         gain = 0 if norm is None else norm.data_ptr()
@@ -122,4 +125,4 @@ def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
 
 
 _SIZES = ("tokens", "n", "k", "norm", "gated", "add")
-KERNEL = register(Kernel("skinny_gemm", (Version("v2", "cuda", fits, _v2),), _SIZES, _cost))
+KERNEL = register(Kernel("skinny_gemm", (Version("v3", "cuda", _fits, prepare_v3),), _SIZES, _cost))

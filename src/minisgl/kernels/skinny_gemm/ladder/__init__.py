@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minisgl.kernels.nvrtc import CTYPES, Build, Capability, prepare
 from minisgl.kernels.rmsnorm.ladder import triton_fits
-from minisgl.kernels.skinny_gemm.op import MMA, fits
+from minisgl.kernels.skinny_gemm.op import KERNEL, MMA, prepare_v3
 from minisgl.kernels.spec import Run, Shape, Version
 from minisgl.kernels.tuning import Config
 
@@ -21,31 +21,33 @@ def _v1(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     return triton_v1.run
 
 
-def tiling_v3(shape: Shape, config: Config) -> tuple[int, int, int]:
-    """Warps, groups of eight rows of the weight a block, and depth: as `config` wants, if the shape allows."""
-    batch_tiles, warps = -(-shape["tokens"] // 8), config.threads // 32
-    most = min(max(config.work, 1 + shape["gated"]), max(16 // batch_tiles, 2))
-    eights = next(e for e in (8, 4, 2, 1) if e <= most and shape["n"] % (8 * e) == 0)
-    steps = -(-shape["k"] // (32 * warps))
-    depth = min(20 // (eights + batch_tiles + shape["norm"]), steps)
-    return warps, eights, max(1, depth)
+def _fits_v2(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
+    if dtype in MMA and (shape["k"] % 32 or shape["n"] % (32 if shape["gated"] else 16)):
+        return f"a weight of {shape['n']} x {shape['k']} doesn't divide into tiles of 16 x 32"
+    return KERNEL.versions[0].supports(where, dtype, shape)
 
 
-def build_v3(dtype: torch.dtype, shape: Shape, warps: int, eights: int, depth: int, apart: int = 0) -> Build:
+def tiling_v2(shape: Shape, config: Config) -> tuple[int, int, int]:
+    """Warps, tiles of 16 rows of the weight a block, and depth: as `config` wants, if the shape allows."""
+    most, batch_tiles = shape["n"] // 16, -(-shape["tokens"] // 8)
+    wanted = max(config.work, 1 + shape["gated"])
+    tiles = next(t for t in (4, 2, 1) if t <= wanted and most % t == 0)
+    depth = min(8 // (tiles * batch_tiles), 4, -(-shape["k"] // config.threads))
+    return config.threads // 32, tiles, max(1, depth)
+
+
+def build_v2(dtype: torch.dtype, shape: Shape, warps: int, tiles: int, depth: int) -> Build:
     sizes = {"BATCH": -(-shape["tokens"] // 8) * 8, "COLUMNS": shape["n"], "WIDTH": shape["k"]}
     fused = {"NORM": shape["norm"], "GATED": shape["gated"], "ADD": shape["add"]}
     types = {"DTYPE": CTYPES[dtype], "MMA_TYPE": f'"{MMA[dtype]}"'}
-    loops = {"WARPS": warps, "EIGHTS": eights, "DEPTH": depth, "APART": apart, "RESIDENT": max(1, 16 // warps)}
-    source = "skinny_gemm/ladder/skinny_gemm_v3.cu"
-    return Build.of(source, "skinny_gemm", **types, **sizes, **fused, **loops)
+    loops = {"WARPS": warps, "TILES": tiles, "DEPTH": depth}
+    return Build.of("skinny_gemm/ladder/skinny_gemm_v2.cu", "skinny_gemm", **types, **sizes, **fused, **loops)
 
 
-def _v3(apart: int, device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
-    warps, eights, depth = tiling_v3(shape, config)
-    pieces = shape["n"] // 8 // eights
-    resident = torch.cuda.get_device_properties(device).multi_processor_count * max(1, 16 // warps)
-    blocks = -(-pieces // -(-pieces // resident))  # as few rounds as it takes, all alike
-    start = prepare(build_v3(dtype, shape, warps, eights, depth, apart), device, blocks, warps * 32, config.pdl)
+def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
+    warps, tiles, depth = tiling_v2(shape, config)
+    build = build_v2(dtype, shape, warps, tiles, depth)
+    start = prepare(build, device, shape["n"] // 16 // tiles, warps * 32, config.pdl)
 
     def run(x: Tensor, weight: Tensor, out: Tensor, norm: Any, eps: float, _: bool, __: bool, ahead: Any) -> None:
         gain = 0 if norm is None else norm.data_ptr()
@@ -54,23 +56,17 @@ def _v3(apart: int, device: int, dtype: torch.dtype, shape: Shape, config: Confi
     return run
 
 
-def _fits_v3(where: Capability, dtype: torch.dtype, shape: Shape) -> str | None:
-    if dtype in MMA and shape["n"] % (16 if shape["gated"] else 8) == 0 and shape["k"] % 32 == 0:
-        return None
-    return fits(where, dtype, shape)
-
-
 def _shape(tokens: int, n: int, k: int, norm: int = 0, gated: int = 0, add: int = 0) -> Shape:
     return {"tokens": tokens, "n": n, "k": k, "norm": norm, "gated": gated, "add": add}
 
 
 _BUILDS = (
-    build_v3(torch.bfloat16, _shape(1, 24576, 4096, 1, 1), 8, 4, 3),
-    build_v3(torch.bfloat16, _shape(8, 1024, 3072, add=1), 16, 1, 4),
-    build_v3(torch.float16, _shape(32, 4096, 4096), 8, 2, 1, 1),
+    build_v2(torch.bfloat16, _shape(8, 6144, 1024, 1, 1), 8, 2, 4),
+    build_v2(torch.float16, _shape(64, 4096, 4096), 8, 1, 1),
+    build_v2(torch.bfloat16, _shape(1, 1024, 2048, add=1), 8, 1, 4),
 )
 VERSIONS = (
-    Version("v3", "cuda", _fits_v3, partial(_v3, 0), _BUILDS),
-    Version("v3 apart", "cuda", _fits_v3, partial(_v3, 1)),
+    Version("v3 close", "cuda", KERNEL.versions[0].supports, partial(prepare_v3, apart=0)),
+    Version("v2", "cuda", _fits_v2, _v2, _BUILDS),
     Version("v1", "triton", triton_fits, _v1),
 )
