@@ -1,6 +1,6 @@
 """The matrix products of a decode step: cuBLAS beside every variant of skinny_gemm, for known models and batches.
 
-    python benchmarks/bench_gemm.py [--models qwen3-0.6b,qwen3-8b] [--batches 1,8] [--seconds 240] [--no-ladder]
+    python benchmarks/bench_gemm.py [--models qwen3-0.6b,qwen3-8b] [--batches 1,8] [--no-ladder] [--chain]
 
 Microseconds a call from the replay of a CUDA graph over weights in rotation that exceed the L2 cache three times, as in
 a model; x and out are warm. `engine` is what the engine launches for the same work without skinny_gemm: the norm's
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from common import append_line, environment, memory_bandwidth
 
+from minisgl.profiling.chain import bench_chain
 from minisgl.profiling.products import BATCHES, MODELS, bench_product, products
 
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--products", default="gate_up,down,qkv,o,head")
     parser.add_argument("--seconds", type=float, default=600, help="start nothing new after so many (default: 600)")
     parser.add_argument("--no-ladder", action="store_true", help="only what the engine may run: enough for the table")
+    parser.add_argument("--chain", action="store_true", help="whole layers, one configuration changed at a time")
     parser.add_argument("--no-save", action="store_true", help="print only; append nothing to results/gemm.jsonl")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -51,6 +53,11 @@ def main() -> None:
     left_out = []
     for batch in map(int, args.batches.split(",")):
         for model in args.models.split(","):
+            if args.chain:
+                times = dict(bench_chain(model, batch))
+                record["rows"].append({"model": model, "tokens": batch, "us_per_layer": times})
+                print(f"{model} batch {batch}, µs a layer:", *(f"\n{us:9.2f} {name}" for name, us in times.items()))
+                continue
             for name, shape in products(model, batch):
                 if name not in args.products.split(","):
                     continue
@@ -64,7 +71,7 @@ def main() -> None:
                 torch.cuda.empty_cache()
     print(f"{len(left_out)} products left out")
     if not args.no_save:
-        append_line("gemm.jsonl", record | {"left_out": left_out})
+        append_line("gemm-chain.jsonl" if args.chain else "gemm.jsonl", record | {"left_out": left_out})
 
 
 if __name__ == "__main__":
