@@ -40,8 +40,8 @@ run_part() {
                 tests/attention/test_triton_paged.py -k "moe or skinny or fp8 or fused or qkv_post"
             ;;
         gemm-first)
-            timeout 120 "$python" benchmarks/bench_gemm.py --models qwen3-0.6b,qwen3-8b --batches 16,32,64 --no-ladder --seconds 60 &&
-                timeout 180 "$python" benchmarks/bench_gemm.py --models qwen3-8b,qwen3-0.6b --batches 1,8 --seconds 120
+            timeout 60 "$python" benchmarks/bench_gemm.py --models qwen3-0.6b,qwen3-8b --batches 1,8 --chain
+            timeout 180 "$python" benchmarks/bench_gemm.py --models qwen3-0.6b,qwen3-8b --batches 8,16,32,64 --no-ladder --seconds 120
             ;;
         skinny-engine) steps qwen3-0.6b "1 8 32" --compare-skinny && steps qwen3-8b "1 8 32" --compare-skinny ;;
         fp8-attention) timeout 90 "$python" benchmarks/bench_attention.py --models qwen3-0.6b --fp8 ;;
