@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,8 +23,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from minisgl.attention import make_attention
+from minisgl.attention import make_attention, triton_paged
 from minisgl.attention.base import ForwardBatch
+from minisgl.attention.triton_decode import rank
+from minisgl.cli.bench_offline import draw
+from minisgl.cli.bench_options import Range
 from minisgl.profiling.attention import MODELS, Workload, decodes, layer_calls, prefills
 from minisgl.profiling.replay import replay_us
 
@@ -40,6 +44,29 @@ def workloads(model: str) -> Iterator[Workload]:
         ragged = tuple(np.random.default_rng(0).integers(100, 2001, batch).tolist())
         yield Workload(f"decode {batch} x 100..2000", *MODELS[model], ragged, (1,) * batch)
     yield from prefills(model, PREFILLS)
+
+
+def moments(model: str) -> Iterator[Workload]:
+    """Batches of one length, and those that offline256 (see bench_gpu.py) has after so many steps."""
+    yield from decodes(model, [(batch, 672) for batch in (256, 128, 64, 32, 8, 1)])
+    drawn = draw(256, Range(100, 1024), Range(100, 1024), 0, 151_936)
+    for step in (10, 300, 500, 700, 850, 950):
+        lens = tuple(
+            len(prompt) + step for prompt, length in zip(drawn.prompts, drawn.outputs, strict=True) if length > step
+        )
+        yield Workload(f"offline256, step {step}", *MODELS[model], lens, (1,) * len(lens))
+
+
+def run_orders(model: str, bandwidth: float, fp8: bool) -> list[dict[str, Any]]:
+    rows = []
+    for work in moments(model):
+        work = replace(work, fp8=fp8)
+        batch = work.batch(make_attention("triton"))
+        for name, order in (("as they come", lambda lens: None), ("longest first", rank)):
+            with mock.patch.object(triton_paged, "rank", order):
+                batch.attention.prepare(batch)
+            rows.append(measure(name, layer_calls(work, batch), work, bandwidth))
+    return rows
 
 
 def gather(work: Workload, batch: ForwardBatch, layer: int) -> tuple[Tensor, Tensor]:
@@ -133,6 +160,9 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}; default: all")
     parser.add_argument("--fp8", action="store_true", help="over an FP8 cache; ours alone")
     parser.add_argument("--flashinfer", action="store_true", help="FlashInfer beside ours, if it is installed")
+    parser.add_argument(
+        "--orders", action="store_true", help="decode alone: the longest sequences first, or as they come"
+    )
     parser.add_argument("--no-save", action="store_true", help="print only; append nothing to results/attention.jsonl")
     args = parser.parse_args()
 
@@ -140,9 +170,12 @@ def main() -> None:
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s\n{'microseconds':>62}{'p10':>10}{'p90':>10}")
     for model in args.models.split(","):
         print(model)
-        rows = run_model(model, bandwidth, args.fp8, args.flashinfer)
+        if args.orders:
+            rows = run_orders(model, bandwidth, args.fp8)
+        else:
+            rows = run_model(model, bandwidth, args.fp8, args.flashinfer)
         if not args.no_save:
-            record = {"model": model, "bandwidth": bandwidth, "rows": rows}
+            record = {"model": model, "fp8": args.fp8, "bandwidth": bandwidth, "rows": rows}
             append_line("attention.jsonl", environment("cuda") | record)
 
 
