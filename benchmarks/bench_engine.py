@@ -53,7 +53,9 @@ def drain(engine: Engine) -> None:
 
 def bench_decode(engine: Engine, batch: int, context: int, steps: int) -> list[float]:
     """Seconds of each decode step with `batch` requests of about `context` tokens."""
-    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=steps + 4 * WARM_UP_STEPS).resolve({}, [])
+    filling = 2 * batch * context // (engine.config.max_batched_tokens or 1)  # steps that the first decode meanwhile
+    longest = steps + 4 * WARM_UP_STEPS + filling
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=longest).resolve({}, [])
     for i in range(batch):
         prompt = random_prompt(max(1, context - steps // 2), engine.vocab_size)
         engine.add(f"decode{batch}-{i}", prompt, params)
@@ -67,6 +69,7 @@ def bench_decode(engine: Engine, batch: int, context: int, steps: int) -> list[f
         began = time.perf_counter()
         engine.step()
         times.append(time.perf_counter() - began)
+    assert len(scheduler.running) == batch, "requests ended while others were still being filled in"
     for request in list(scheduler.requests):
         engine.abort(request)
     drain(engine)
