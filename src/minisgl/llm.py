@@ -280,14 +280,14 @@ def _ctrl_c_waits() -> Iterator[None]:
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield
         return
-    held: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *event: held.append(event))
+    held: list[int] = []  # without the frame: that would keep its variables alive, views of arrays that are to grow
+    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
     if held:
-        handler(*held[0])
+        handler(held[0], None)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

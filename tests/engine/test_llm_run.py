@@ -7,12 +7,14 @@ import signal
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from servers import make_model
 
 from minisgl import LLM, SamplingParams
+from minisgl.engine.ledger import PageLedger
 from minisgl.messages import TokenOutput
-from minisgl.types import FinishReason, RequestError, RequestOutput
+from minisgl.types import FinishReason, Request, RequestError, RequestOutput
 
 MAX_RUNNING = 4
 
@@ -170,3 +172,22 @@ def test_llm_works_in_another_thread(llm: LLM) -> None:
     thread.start()
     thread.join()
     assert len(results[0].token_ids) == 4
+
+
+def test_ctrl_c_while_the_tokens_are_being_read_lets_them_grow(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal brings the frame that it interrupted, and with it a view of the request's tokens."""
+    admit, seen = PageLedger.admit, []
+
+    def interrupted(ledger: PageLedger, request: Request, watermark: int) -> bool:
+        view = np.frombuffer(request.tokens, np.int32)
+        os.kill(os.getpid(), signal.SIGINT)
+        seen.append(len(view))
+        return admit(ledger, request, watermark)
+
+    monkeypatch.setattr(PageLedger, "admit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("Hello", tokens(4))
+    assert seen
+    monkeypatch.undo()
+    [result] = llm.generate("Hello", tokens(4))
+    assert len(result.token_ids) == 4

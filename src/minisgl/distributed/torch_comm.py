@@ -34,7 +34,14 @@ def gloo_group(rank: int, size: int, store: Store, timeout_s: float) -> dist.Pro
     group = dist.ProcessGroup(PrefixStore("group", store), rank, size)
     group._register_backend(CPU, dist.ProcessGroup.BackendType.GLOO, gloo)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    host_barrier(group)  # nobody leaves before everybody has reached everybody: that would fail their start
     return group
+
+
+def host_barrier(group: dist.ProcessGroup) -> None:
+    options = dist.BarrierOptions()
+    options.device = CPU
+    group.barrier(options).wait()
 
 
 def nccl_group(rank: int, size: int, store: Store, timeout_s: float, host: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -76,9 +83,7 @@ class TorchCommunicator:
         self.group.broadcast(x, src).wait()
 
     def barrier(self) -> None:
-        options = dist.BarrierOptions()
-        options.device = CPU
-        self.group.barrier(options).wait()
+        host_barrier(self.group)
 
     def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         return None
