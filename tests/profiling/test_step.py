@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from servers import make_model
+from torch.nn import functional as F
 
 from minisgl.cli import main
 from minisgl.config import EngineConfig
 from minisgl.engine.engine import Engine
+from minisgl.kernels.skinny_gemm import op as skinny_op
+from minisgl.models import decoder
+from minisgl.models.layers import MLP
 from minisgl.profiling.decode_costs import OperatorCost, decode_costs
 from minisgl.profiling.floor import kv_bytes, weight_bytes
 from minisgl.profiling.record import read
@@ -54,6 +59,67 @@ def test_costs_stop_at_the_window(tiny_model: Path) -> None:
     engine = make_engine(tiny_model, 1, 16, attention="torch_sdpa")
     engine.model.layers[0].self_attn.window = 50  # type: ignore[union-attr]
     assert decode_costs(engine, 1, 50)["attention"] == decode_costs(engine, 1, 500)["attention"]
+
+
+@pytest.mark.parametrize("left_to_cublas", ["", "qkv", "o", "gate/up", "down"])
+def test_costs_of_fused_products_hold_what_they_absorb(monkeypatch: pytest.MonkeyPatch, left_to_cublas: str) -> None:
+    """One layer in words: every product ours, or all but one."""
+    with shape_folder("smollm2") as folder:
+        engine = make_engine(folder, 1, 16, attention="torch_sdpa")
+    apart = decode_costs(engine, 4, 100)
+    layer = engine.model.layers[0]
+    weights = {"qkv": layer.self_attn.qkv_proj, "o": layer.self_attn.o_proj}  # type: ignore[union-attr]
+    weights |= {"gate/up": layer.mlp.gate_up_proj, "down": layer.mlp.down_proj}  # type: ignore[union-attr]
+    shapes = {module.weight.shape: name for name, module in weights.items()}
+
+    def tuned(x: torch.Tensor, weight: torch.Tensor, norm: bool, gated: bool, add: bool) -> object:
+        assert x.shape == (4, weight.shape[1])
+        name = shapes[weight.shape]
+        assert (norm, gated, add) == (name in ("qkv", "gate/up"), name == "gate/up", name in ("o", "down"))
+        return None if name == left_to_cublas else object()
+
+    monkeypatch.setattr(skinny_op, "tuned", tuned)
+    for each in engine.model.layers:
+        each.skinny = True  # type: ignore[assignment]
+    fused = decode_costs(engine, 4, 100)
+    layers, hidden, inner, item = 30, 576, 1536, 4
+    x = 4 * hidden * item
+    norms = {"": 0, "qkv": layers, "o": layers, "gate/up": layers, "down": layers - 1}[left_to_cublas]  # in layers
+    read_twice = {"o": layers, "down": layers}.get(left_to_cublas, 0)  # with a residual to be added
+    assert fused["rmsnorm"].calls == norms + 1
+    assert fused["rmsnorm"].bytes == (norms + 1) * 2 * x + read_twice * 2 * x
+    grown = {name: fused[name].bytes - apart[name].bytes for name in weights}
+    gains = {"qkv": 0, "down": 1}.get(left_to_cublas, layers)  # the first layer's is taken whatever is behind
+    assert grown["qkv"] == gains * hidden * item
+    assert grown["o"] == (left_to_cublas != "o") * layers * x
+    assert grown["down"] == (left_to_cublas != "down") * layers * x
+    if left_to_cublas in ("o", "gate/up"):  # a norm, or its own, goes before it
+        assert grown["gate/up"] == 0 and fused["silu*mul"] == apart["silu*mul"]
+    else:
+        assert grown["gate/up"] == layers * (hidden - 4 * inner) * item and "silu*mul" not in fused
+    assert [fused[name].flops for name in weights] == [apart[name].flops for name in weights]
+
+
+def test_products_past_their_modules_have_spans(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers call `skinny_product` with weights; here torch does what it says, on a CPU."""
+    engine = make_engine(tiny_model, 2, 16, attention="torch_sdpa")
+    engine.model.stack = None
+
+    def product(x, weight, norm=None, gated=False, add_to=None, ahead=None):  # type: ignore[no-untyped-def]
+        y = F.linear(x if norm is None else norm(x)[0], weight)
+        y = MLP.activate(engine.model.layers[0].mlp, y) if gated else y  # type: ignore[arg-type]
+        return y if add_to is None else add_to.add_(y)
+
+    monkeypatch.setattr(decoder, "skinny_product", product)
+    for layer in engine.model.layers:
+        layer.skinny = True  # type: ignore[assignment]
+    found = measure(engine, 2, 16, 2)
+    calls = {u.operator: u.calls for u in found.used}
+    layers = len(engine.model.layers)
+    assert {name: calls[name] for name in ("qkv", "o", "gate/up", "down")} == dict.fromkeys(
+        ("qkv", "o", "gate/up", "down"), layers
+    )
+    assert decoder.skinny_product is product, "the spans stayed"
 
 
 # -- kernels -------------------------------------------------------------------------------------------------------
@@ -103,6 +169,26 @@ def test_gaps_of_a_step_are_when_the_gpu_does_nothing() -> None:
     assert (found.step_us, found.plain_us, found.gaps_us) == (15, 14, 6)
     assert {(u.operator, u.kernel): (u.calls, u.us) for u in found.used}["qkv", "gemm"] == (1, 1.5)
     assert sum(u.us for u in found.used) + found.gaps_us == found.step_us
+
+
+def test_kernels_that_overlap_share_no_time() -> None:
+    """With dependent launch a kernel begins early and waits; its own time starts where all before it have ended."""
+    spans = [
+        Span("step", 0, 40 * US, "engine", "main"),
+        kernel("product", 0, 10, *EAGER, "qkv"),
+        kernel("post", 1, 11, *EAGER, "rope+store"),  # to 12: works for 2
+        kernel("decode", 2, 18, *EAGER, "attention"),  # to 20: works for 8
+        kernel("combine", 3, 18, *EAGER, "attention"),  # to 21: works for 1
+        kernel("copy", 15, 2, *EAGER, "attention"),  # of another stream, all in the decode's time
+        kernel("product", 25, 20, *EAGER, "o"),  # beyond the last step's end
+    ]
+    found = profile_of(spans, 40.0, 5, {}, "")
+    used = [(u.operator, u.kernel, u.us) for u in found.used]
+    assert used == [
+        ("qkv", "product", 10), ("rope+store", "post", 2), ("attention", "decode", 8), ("attention", "combine", 1),
+        ("attention", "copy", 0), ("o", "product", 15),
+    ]  # fmt: skip
+    assert found.gaps_us == 4 and sum(u.us for u in found.used) + found.gaps_us == found.step_us == 40
 
 
 def test_rows_hold_an_operators_floor_against_all_its_kernels() -> None:

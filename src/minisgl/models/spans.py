@@ -27,6 +27,7 @@ _LAYER = (
     ("self_attn.o_proj", "forward", "o"),
     ("post_attention_layernorm", "forward", "rmsnorm"),
     ("mlp.gate_up_proj", "forward", "gate/up"),
+    ("mlp", "activate", "silu*mul"),
     ("mlp.down_proj", "forward", "down"),
     ("mlp.gate", "forward", "router"),
 )
@@ -41,7 +42,8 @@ _MODEL = (
 def add_spans(model: CausalLM, attention: AttentionBackend) -> Callable[[], None]:
     """Puts `timing.span` around each operator of `model` and around `attention`; each layer's lie within `layer N`.
 
-    What lies inside the C++ decoder stays unseen; `profiling.decoder_marks` shows that too.
+    What lies inside the C++ decoder stays unseen, and which product one by `skinny_product` is;
+    `profiling.decoder_marks` shows that too.
 
     Returns:
         What takes the spans off again.
@@ -52,8 +54,8 @@ def add_spans(model: CausalLM, attention: AttentionBackend) -> Callable[[], None
     for i, layer in enumerate(model.layers):
         for path, method, name in _LAYER:
             _wrap(undo, layer, path, method, name.format(i))
-        # what it does outside of its products is the activation; a mixture of experts has no products of its own
-        _wrap(undo, layer, "mlp", "forward", "silu*mul" if hasattr(layer.mlp, "gate_up_proj") else "experts")
+        if not hasattr(layer.mlp, "gate_up_proj"):  # a mixture of experts has no products of its own
+            _wrap(undo, layer, "mlp", "forward", "experts")
     _wrap(undo, attention, "", "forward", "attention")
     if model.stack is not None:
         _wrap(undo, model.stack, "", "hidden", "layers")

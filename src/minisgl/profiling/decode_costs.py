@@ -25,40 +25,87 @@ def decode_costs(engine: Engine, batch: int, context: int) -> dict[str, Operator
     """By operator, of a step that computes one token for each of `batch` requests with `context` tokens.
 
     Weights count once in the format in which they lie, activations as they are read and written (a residual sum is
-    both), keys and values of every token seen. Mixtures of experts are left out: what they read depends on the tokens.
+    both), keys and values of every token seen. A product that does a norm, silu·mul or the residual's addition as well
+    has those bytes; the operators that it replaces lose them. Mixtures of experts are left out: what they read depends
+    on the tokens.
     """
     model, pool = engine.model, engine.runner.pool
     c, layers = model.config, list(model.layers)
     item: int = getattr(torch, engine.config.dtype).itemsize
     hidden = batch * c.hidden_size * item
     attention: list[Any] = [layer.self_attn for layer in layers]
-    mlps: list[Any] = [layer.mlp for layer in layers if hasattr(layer.mlp, "gate_up_proj")]
     heads = [batch * a.num_heads * a.head_dim * item for a in attention]
     kv = [2 * batch * a.num_kv_heads * a.head_dim for a in attention]  # numbers
     seen = [min(context, a.window or context) for a in attention]
     costs = {
-        "embedding": OperatorCost(1, 2 * hidden, 0),
-        "rmsnorm": OperatorCost(2 * len(layers) + 1, (2 * len(layers) + 1) * 4 * hidden, 0),
-        "qkv": _products([a.qkv_proj.weight for a in attention], batch, item),
-        "rope+store": OperatorCost(len(layers), sum(2 * (h + n * item) for h, n in zip(heads, kv, strict=True)), 0),
-        "attention": OperatorCost(
-            len(layers),
-            sum(n * s * pool.k.element_size() + 2 * h for n, s, h in zip(kv, seen, heads, strict=True)),
-            sum(4 * s * h // item for s, h in zip(seen, heads, strict=True)),
-        ),
-        "o": _products([a.o_proj.weight for a in attention], batch, item),
-        "gate/up": _products([m.gate_up_proj.weight for m in mlps], batch, item),
-        "silu*mul": OperatorCost(len(mlps), sum(3 * batch * m.down_proj.weight.shape[1] * item for m in mlps), 0),
-        "down": _products([m.down_proj.weight for m in mlps], batch, item),
-        "lm head": _products([model.lm_head.weight], batch, item),
-        "sample": OperatorCost(1, batch * c.vocab_size * item, 0),
+        "embedding": [OperatorCost(1, 2 * hidden, 0)],
+        "rope+store": [OperatorCost(1, 2 * (h + n * item), 0) for h, n in zip(heads, kv, strict=True)],
+        "attention": [
+            OperatorCost(1, n * s * pool.k.element_size() + 2 * h, 4 * s * h // item)
+            for n, s, h in zip(kv, seen, heads, strict=True)
+        ],
+        **_dense(layers, batch, c.hidden_size, item),
+        "lm head": [_product(model.lm_head.weight, batch, item)],
+        "sample": [OperatorCost(1, batch * c.vocab_size * item, 0)],
     }
-    return {name: cost for name, cost in costs.items() if cost.calls}
+    return {name: _sum(each) for name, each in costs.items() if each}
 
 
-def _products(weights: Sequence[Any], batch: int, item: int) -> OperatorCost:
-    """Of `batch` rows with each of `weights` [out, in]."""
-    shapes = [tuple(w.shape) for w in weights]
-    activations = sum(batch * (rows + columns) * item for rows, columns in shapes)
-    flops = sum(2 * batch * rows * columns for rows, columns in shapes)
-    return OperatorCost(len(weights), sum(w.nbytes for w in weights) + activations, flops)
+def _sum(costs: Sequence[OperatorCost]) -> OperatorCost:
+    return OperatorCost(*(sum(getattr(cost, name) for cost in costs) for name in ("calls", "bytes", "flops")))
+
+
+def _dense(layers: Sequence[Any], batch: int, width: int, item: int) -> dict[str, list[OperatorCost]]:
+    """Norms, products and activations of all layers and the last norm, each call's cost, by operator.
+
+    As `DecoderLayer` decides it: a product takes the norm before it where the residual stream is whole, which it is
+    in the first layer and behind a product that was added to it.
+    """
+    names = ("rmsnorm", "qkv", "o", "gate/up", "silu*mul", "down")
+    found: dict[str, list[OperatorCost]] = {name: [] for name in names}
+    norm, residual = OperatorCost(1, 2 * batch * width * item, 0), OperatorCost(1, 4 * batch * width * item, 0)
+
+    def behind_norm(name: str, layer: Any, weight: Any, whole: bool, gated: bool) -> bool:
+        fused = whole and _is_ours(layer, weight, batch, norm=True, gated=gated)
+        if not fused:
+            found["rmsnorm"].append(norm if whole else residual)
+        found[name].append(_product(weight, batch, item, norm=fused, gated=fused and gated))
+        return fused
+
+    def onto(name: str, layer: Any, weight: Any) -> bool:
+        fused = _is_ours(layer, weight, batch, add=True)
+        found[name].append(_product(weight, batch, item, add=fused))
+        return fused
+
+    whole = True
+    for layer in layers:
+        behind_norm("qkv", layer, layer.self_attn.qkv_proj.weight, whole, gated=False)
+        whole = onto("o", layer, layer.self_attn.o_proj.weight)
+        if not hasattr(layer.mlp, "gate_up_proj"):  # experts
+            found["rmsnorm"].append(residual)
+            continue
+        if not behind_norm("gate/up", layer, layer.mlp.gate_up_proj.weight, whole, gated=True):
+            inner = layer.mlp.down_proj.weight.shape[1]
+            found["silu*mul"].append(OperatorCost(1, 3 * batch * inner * item, 0))
+        whole = onto("down", layer, layer.mlp.down_proj.weight)
+    found["rmsnorm"].append(norm if whole else residual)
+    return found
+
+
+def _is_ours(layer: Any, weight: Any, batch: int, norm: bool = False, gated: bool = False, add: bool = False) -> bool:
+    """Whether `layers.skinny_product` serves this product."""
+    if not layer.skinny:
+        return False
+    from minisgl.kernels.skinny_gemm.op import tuned
+
+    return tuned(weight.new_empty(batch, weight.shape[1]), weight, norm, gated, add) is not None
+
+
+def _product(
+    weight: Any, batch: int, item: int, norm: bool = False, gated: bool = False, add: bool = False
+) -> OperatorCost:
+    """`batch` rows with `weight` [out, in], and what it is fused with."""
+    rows, columns = weight.shape
+    out = rows // 2 if gated else rows
+    activations = batch * (columns + out * (1 + add)) + columns * norm
+    return OperatorCost(1, weight.nbytes + activations * item, 2 * batch * rows * columns)

@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,25 @@ class Span:
     @property
     def us(self) -> float:
         return (self.end - self.start) / 1e3
+
+
+def exclusive(spans: Iterable[Span]) -> list[Span]:
+    """The spans with each kernel cut to the time that is its own: from the end of all kernels that began before it.
+
+    With programmatic dependent launch a kernel begins while the one before still works, and waits for it: the
+    profiler counts that into both, so that durations add up to more than the time that passes. What the waiting one
+    has done by then isn't seen apart from its waiting, and counts as the other's. Own times add up to the time in
+    which the GPU works. A kernel that ends before an earlier one does has none: its end is its start.
+    """
+    found: list[Span] = []
+    busy_until = -1
+    for s in sorted(spans, key=lambda s: s.start):  # stable: kernels that begin at once stay in the stream's order
+        if s.process != "gpu":
+            found.append(s)
+            continue
+        found.append(replace(s, start=min(max(s.start, busy_until), s.end)))
+        busy_until = max(busy_until, s.end)
+    return found
 
 
 class Recorder:

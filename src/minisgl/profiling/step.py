@@ -1,4 +1,8 @@
-"""One decode step at a given batch and context: what each operator and kernel takes, and what it would have to."""
+"""One decode step at a given batch and context: what each operator and kernel takes, and what it would have to.
+
+A kernel's time is its own (`spans.exclusive`): where the next one begins before it ends, as with programmatic dependent
+launch, the overlap counts once. So kernels and gaps add up to the step.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from minisgl.engine.engine import Engine
 from minisgl.profiling.decode_costs import OperatorCost, decode_costs
 from minisgl.profiling.roofline import floor
 from minisgl.profiling.served import EngineCapture, route
-from minisgl.profiling.spans import Span
+from minisgl.profiling.spans import Span, exclusive
 from minisgl.profiling.timeline import partition
 from minisgl.timing import span
 from minisgl.types import ConfigError, SamplingParams
@@ -28,7 +32,7 @@ _INPUTS = ("step", "decode", "prepare", "forward")  # kernels in these, and in n
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """Time of one kernel, or on a CPU of one operator, in a step."""
+    """Own time of one kernel, or on a CPU of one operator, in a step."""
 
     operator: str
     kernel: str
@@ -180,13 +184,13 @@ def profile_of(
     """
     steps = [s for s in spans if s.name == "step"]
     start, end = min(s.start for s in steps), max(s.end for s in steps)
-    kernels = [s for s in spans if s.process == "gpu" and s.start < end]  # the step in flight comes after
-    pieces = partition(spans, start, end, end)
+    kernels = [s for s in exclusive(spans) if s.process == "gpu" and s.start < end]  # the step in flight comes after
     if kernels:
+        kernels = [replace(s, start=max(s.start, start), end=max(min(s.end, end), start)) for s in kernels]
         used = _sum((operator(s), s.name, s.us) for s in kernels)
-        busy = sum(p.us for p in pieces if p.process == "gpu")
-        gaps = (end - start) / 1e3 - busy
+        gaps = (end - start) / 1e3 - sum(u.us for u in used)
     else:
+        pieces = partition(spans, start, end, end)
         calls = {name: sum(s.name == name for s in spans) for name in {p.name for p in pieces}}
         by = route.partition(",")[0]
         used = _sum((p.name, by if p.name in costs else "host", p.us) for p in pieces if p.category != "gap")

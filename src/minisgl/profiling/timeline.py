@@ -2,6 +2,7 @@
 
 Spans overlap: they nest, and processes and the GPU work at once. At each moment the one that counts is the innermost
 span of whoever the answer waits for: the GPU before the engine, the engine before the server, that before the client.
+Of kernels that overlap, the one that began first counts until it ends (`spans.exclusive`).
 Once the engine has sent the token that a window ends with, its further work is for later tokens and doesn't count.
 What no operator covers is a gap, named by what lies around it. So the pieces of a window add up to its length, always;
 how much of it is gaps says how well it is accounted for.
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
-from minisgl.profiling.spans import Span
+from minisgl.profiling.spans import Span, exclusive
 from minisgl.types import MinisglError
 
 _ORDER = {"gpu": 3, "engine": 2, "server": 1, "client": 0}
@@ -55,7 +56,7 @@ def partition(spans: Iterable[Span], start: int, end: int, engine_until: int, en
         engine_until: from here on, what engine and GPU do is for later tokens.
         engine_from: up to here it was for earlier requests.
     """
-    clipped = ((_clip(s, start, end, (engine_from, engine_until)), s) for s in spans)
+    clipped = ((_clip(s, start, end, (engine_from, engine_until)), s) for s in exclusive(spans))
     inside = [(*part, s) for part, s in clipped if part is not None]
     on_gpu = any(s.process == "gpu" for *_, s in inside)
     order = _first_token if any(s.name.startswith("prefill ") for *_, s in inside) else _next_token
