@@ -102,6 +102,11 @@ def test_kernels_goes_on_where_a_kernel_breaks(
     assert verdicts.pop("broken") is False and verdicts and all(verdicts.values())
 
 
+def test_kernels_in_several_processes_are_the_same(tmp_path: Path) -> None:
+    one, two = (profile("kernels", tmp_path / n, "--kernels", "radix,store", "--jobs", n) for n in ("1", "2"))
+    assert one.rows and one.rows == two.rows and one.skipped == two.skipped
+
+
 def test_kernels_checks_those_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = profile("kernels", tmp_path, "--kernels", "radix")
     assert {row["kernel"] for row in record.rows} == {"radix"}

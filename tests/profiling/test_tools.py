@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from minisgl.cli import main
+from minisgl.cli.lab import ncu as lab_ncu
 from minisgl.cli.lab import tool
-from minisgl.profiling import ncu
+from minisgl.profiling import counted, ncu
 from minisgl.profiling.record import read
 from minisgl.types import ConfigError, MinisglError
 
@@ -128,18 +129,70 @@ def test_ncu_runs_the_command_and_interprets_it(
     assert "over 70% of peak bandwidth: near the optimum" in shown and "  gemm\n" in shown
 
 
-def test_ncu_measures_our_kernels_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "table").write_text(table(TINY))
-    out = tmp_path / "out"
-    notes = put_tool(tmp_path, "ncu", f"cp {tmp_path / 'table'} {out / 'ncu.csv'}", monkeypatch)
-    assert main(["profile", "ncu", "--out", str(out)]) == 0
-    line = " ".join(notes.read_text().splitlines())
-    assert line.endswith(f"-m minisgl profile kernels --quick --out {out}/under-ncu"), (
-        "it must not overwrite a run's own"
-    )
-    [regex] = re.findall(r"--kernel-name regex:(\S+) --launch-count 500 ", line)
-    assert all(re.search(regex, name) for name in ("index_v2", "store_v2", "rmsnorm", "_decode"))
-    assert not re.search(regex, "vectorized_elementwise_kernel")
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """ncu as a function: of our kernels one breaks, and one has written its table when its time is up."""
+    called: list[str] = []
+    put_tool(tmp_path, "ncu", "exit 1", monkeypatch)
+
+    def run_limited(command: list[str], limit_s: float) -> int | None:
+        called.append(" ".join(command))
+        if command[-1] == "rmsnorm":
+            return 9
+        Path(command[command.index("--log-file") + 1]).write_text(table(TINY))
+        return None if command[-1] == "store" else 0
+
+    monkeypatch.setattr(tool, "run_limited", run_limited)
+    return called
+
+
+def test_ncu_counts_our_kernels_name_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counting: list[str]
+) -> None:
+    """One that breaks or takes too long is left out, and those after the limit; what is there by then stays."""
+    monkeypatch.setattr(counted, "COUNTED", {"index": "^index", "rmsnorm": "^rmsnorm", "store": "^s", "decode": "^_"})
+    clock = iter([0.0, 1.0, 1.5, 99.5, 101.0])  # as the limit is set, and before each name
+    monkeypatch.setattr(lab_ncu, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert main(["profile", "ncu", "--out", str(tmp_path)]) == 0
+    assert [line.split()[-1] for line in counting] == ["index", "rmsnorm", "store"]
+    assert "--profile-from-start off --kernel-name regex:^index" in counting[0]
+    assert "-m minisgl.profiling.counted index" in counting[0]
+    record = read(tmp_path / "ncu.json")
+    assert [(row["of"], row["kernel"]) for row in record.rows] == [("index", "index_v2"), ("store", "index_v2")]
+    left = {note["what"]: note["why"] for note in record.skipped}
+    assert "exit code 9" in left["ncu rmsnorm"] and left["ncu decode"] == "the time was up"
+    assert "before it was through" in left["ncu store"]
+    assert record.summary["rules"][1]["kernels"] == ["index_v2"]
+
+
+def test_ncu_counts_only_what_is_asked_for(
+    tmp_path: Path, counting: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profile", "ncu", "--kernels", "index", "--out", str(tmp_path)]) == 0
+    assert len(counting) == 1
+    assert main(["profile", "ncu", "--kernels", "gather", "--out", str(tmp_path)]) == 1
+    assert "index, store, qkv_post" in capsys.readouterr().err
+    assert main(["profile", "ncu", "--kernels", "rmsnorm", "--out", str(tmp_path)]) == 1
+    assert "nothing was counted" in capsys.readouterr().err
+
+
+def test_command_over_its_limit_is_killed() -> None:
+    assert tool.run_limited(["sleep", "600"], 0.1) is None
+    assert tool.run_limited(["true"], 600) == 0
+
+
+@pytest.mark.parametrize("name", ["index", "store", "qkv_post", "rmsnorm"])
+def test_counted_kernels_have_the_sizes_that_are_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[str, int]] = []
+    monkeypatch.setattr(counted, "_kernel", lambda name, shape: shapes.append((name, shape["tokens"])))
+    list(counted.calls(name))
+    assert shapes == [(name, tokens) for tokens in counted.SIZES]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", counted.COUNTED)
+def test_counted_kernels_run(name: str) -> None:
+    counted.run(name)
 
 
 def test_ncu_reads_a_table_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

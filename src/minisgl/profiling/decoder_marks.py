@@ -55,7 +55,7 @@ def _name_products(model: CausalLM) -> Callable[[], None]:
     """Puts a span around each call of `skinny_product` for a layer of `model`, with the name of its product."""
     named = ((layer, path, name) for layer in model.layers for path, name in _PRODUCTS.items())
     names = {id(weight): name for layer, path, name in named if (weight := _weight(layer, path)) is not None}
-    inner = vars(decoder)["skinny_product"]
+    inner: Callable[..., Tensor | None] = vars(decoder)["skinny_product"]
 
     def product(x: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         name = names.get(id(weight))

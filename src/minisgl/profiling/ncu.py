@@ -15,6 +15,7 @@ from typing import Any
 
 from minisgl.types import MinisglError
 
+BRIEF = ("MemoryWorkloadAnalysis", "WarpStateStats")  # with `REQUESTED`, all that `parse` reads; fewer passes
 SECTIONS = ("MemoryWorkloadAnalysis", "SpeedOfLight", "WarpStateStats", "LaunchStats", "Occupancy")
 # Metrics by our names; where there are several, the first that is there counts.
 _METRICS: dict[str, tuple[str, ...]] = {

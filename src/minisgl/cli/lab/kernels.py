@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from minisgl.cli.lab import page
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from minisgl.profiling.record import Record
 
 HELP = "check every registered kernel against its reference"
+Job = tuple[str, str]  # kernel, version
+Checked = tuple[list[dict[str, Any]], list[dict[str, str]]]
 INTERPRET = "TRITON_INTERPRET"
 
 
@@ -26,6 +31,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     page.add_common(parser)
     parser.add_argument("--kernels", metavar="NAMES", help="check these alone (names with commas between)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N",
+        help="processes, which compile at once (default: 1; with a GPU half as many as cores, up to 8)",
+    )  # fmt: skip
     parser.add_argument(
         "--interpret", action="store_true", help="without a GPU, run Triton's kernels under its interpreter (slow)"
     )
@@ -48,11 +57,14 @@ def run(args: argparse.Namespace) -> None:
     names = args.kernels.split(",") if args.kernels else list(known)
     if unknown := set(names) - set(known):
         raise ConfigError(f"--kernels names {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
-    jobs = [(known[name], version) for name in names for version in known[name].versions]
+    jobs = [(name, version.name) for name in names for version in known[name].versions]
+    options = {name: getattr(args, name) for name in ("quick", "seed", "interpret")}
     rows: list[dict[str, Any]] = []
     with page.progress("kernels", len(jobs)) as advance:
-        for spec, version in jobs:
-            rows += check(spec, version, record, args)
+        for found, skipped in _all(partial(_checked, options), jobs, _processes(args.jobs, record)):
+            rows += found
+            for note in skipped:
+                record.skip(**note)
             advance()
     columns = ("kernel:", "version:", "kind:", "dtype:", "cases", "largest error", "tolerance", "verdict:")
     page.table("kernels against their references", columns, summarise(rows))
@@ -62,6 +74,31 @@ def run(args: argparse.Namespace) -> None:
         print(f"{row['kernel']} {row['version']} {row['dtype']} {row['case']}: {row['problem']}", file=sys.stderr)
     if wrong:
         sys.exit(1)
+
+
+def _processes(asked: int | None, record: Record) -> int:
+    if asked is not None:
+        return max(asked, 1)
+    return 1 if record.hardware["cuda"] is None else min(8, max(record.hardware["num_cores"] // 2, 1))
+
+
+def _all(check: Callable[[Job], Checked], jobs: Sequence[Job], processes: int) -> Iterator[Checked]:
+    """The results in the order of `jobs`. Most of the time goes into compiling, which processes do at once."""
+    if processes == 1:
+        yield from map(check, jobs)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:  # CUDA doesn't survive a fork
+        yield from pool.map(check, jobs)
+
+
+def _checked(options: dict[str, Any], job: Job) -> Checked:
+    """Checks one version, in whatever process: its rows, and notes of what can't run."""
+    from minisgl.profiling.catalogue import catalogue
+    from minisgl.profiling.record import new_record
+
+    record = new_record("kernels", options["quick"])
+    spec = catalogue()[job[0]]
+    return check(spec, spec.version(job[1]), record, argparse.Namespace(**options)), record.skipped
 
 
 def check(spec: KernelSpec, version: Version, record: Record, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import re
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisgl.cli.lab import page, tool
-from minisgl.types import MinisglError
+from minisgl.types import ConfigError, MinisglError
 
 if TYPE_CHECKING:
     from minisgl.profiling.ncu import Rule
+    from minisgl.profiling.record import Record
 
 HELP = "run a command under Nsight Compute: each kernel's counters, and what they advise"
 INSTALL = (
     "install Nsight Compute (package nsight-compute of NVIDIA's CUDA repository, or "
     "https://developer.nvidia.com/nsight-compute) and put it on the PATH"
 )
-DEFAULT = ("profile", "kernels", "--quick")
-OURS = "^(_|index_|store_|rmsnorm|rope|silu_mul|qkv_post|skinny_gemm)"  # Triton's begin with an underscore
 LAUNCHES = 500
+LIMIT_S = 100.0  # for the engine's own kernels, which take well under ten seconds a name
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     page.add_common(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="read what ncu --csv --page raw wrote; run nothing")
-    parser.add_argument("--kernels", metavar="REGEX", help="only kernels whose name matches (default: all of COMMAND)")
+    parser.add_argument("--kernels", metavar="REGEX", help="only kernels whose name matches (default: all)")
     parser.add_argument("--launches", type=int, metavar="N", help=f"at most (default: {LAUNCHES}; quick: 50)")
-    tool.add_program(parser, DEFAULT)
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT_S, metavar="S",
+        help=f"without a COMMAND: what isn't counted after S seconds is left out (default: {LIMIT_S:.0f})",
+    )  # fmt: skip
+    parser.add_argument(
+        "program", nargs="*", metavar="-- COMMAND",
+        help="what to run: arguments of minisgl, or another program (default: the engine's kernels, a launch a size)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,35 +50,101 @@ def run(args: argparse.Namespace) -> None:
     from minisgl.profiling import ncu
     from minisgl.profiling.record import new_record
 
-    text = _read(args.csv if args.csv is not None else _measure(args))
-    rows = ncu.parse(text)
-    rules = ncu.rules(rows)
-    for row in rows:
-        row["advice"] = [rule.advice for rule in rules if row["kernel"] in rule.kernels]
-    page.table("kernels", COLUMNS, (_line(row) for row in rows))
+    record = new_record("ncu", args.quick)
+    if args.csv is None and not args.program:
+        rules = _count_ours(record, args)
+    else:
+        record.rows.extend(ncu.parse(_read(args.csv if args.csv is not None else _measure(args))))
+        rules = _interpret(record)
+    page.table("kernels", COLUMNS, (_line(row) for row in record.rows))
     _print(rules)
-    summary = {"rules": [{"when": r.when, "advice": r.advice, "kernels": r.kernels} for r in rules]}
-    page.finish(replace(new_record("ncu", args.quick), rows=rows, summary=summary), args.out)
+    page.finish(record, args.out)
+
+
+def _interpret(record: Record) -> list[Rule]:
+    """Fills in what the rules advise."""
+    from minisgl.profiling import ncu
+
+    rules = ncu.rules(record.rows)
+    for row in record.rows:
+        row["advice"] = [rule.advice for rule in rules if row["kernel"] in rule.kernels]
+    record.summary["rules"] = [{"when": r.when, "advice": r.advice, "kernels": r.kernels} for r in rules]
+    return rules
+
+
+def _count_ours(record: Record, args: argparse.Namespace) -> list[Rule]:
+    """The engine's kernels, each name in a process of its own; the record is written after each of them.
+
+    Raises:
+        MinisglError: nothing could be counted.
+    """
+    from minisgl.profiling import ncu
+    from minisgl.profiling.counted import COUNTED
+
+    names = [name for name in COUNTED if args.kernels is None or re.search(args.kernels, name)]
+    if not names:
+        raise ConfigError(f"--kernels matches none of: {', '.join(COUNTED)}; a COMMAND behind -- may launch others")
+    tool_path, until = tool.find("ncu", INSTALL), time.monotonic() + args.limit
+    args.out.mkdir(parents=True, exist_ok=True)
+    rules: list[Rule] = []
+    for name in names[: 2 if args.quick else None]:
+        log = args.out / f"ncu-{name}.csv"
+        why = _count(tool_path, name, log, until - time.monotonic())
+        try:
+            found = ncu.parse(_read(log)) if log.is_file() else []
+        except MinisglError as error:
+            found, why = [], str(error)
+        record.rows.extend({"of": name, **row} for row in found)
+        if why is not None:
+            record.skip(f"ncu {name}", why)
+        rules = _interpret(record)
+        record.write(args.out)
+    if not record.rows:
+        raise MinisglError(f"nothing was counted: {record.skipped[0]['why']}")
+    return rules
+
+
+def _count(tool_path: str, name: str, log: Path, seconds: float) -> str | None:
+    """Counts the launches of one name into `log`; why that came to no end, if it didn't."""
+    from minisgl.profiling.counted import COUNTED
+    from minisgl.profiling.ncu import BRIEF
+
+    log.unlink(missing_ok=True)
+    if seconds <= 0:
+        return "the time was up"
+    launched = [sys.executable, "-m", "minisgl.profiling.counted", name]
+    command = [
+        *_command(tool_path, BRIEF, log, "application-only"), "--profile-from-start", "off",
+        "--kernel-name", f"regex:{COUNTED[name]}", *launched,
+    ]  # fmt: skip
+    code = tool.run_limited(command, seconds)
+    if code is None:
+        return "the time was up before it was through"
+    return None if code == 0 or log.is_file() else f"ncu ended with exit code {code} and wrote nothing"
+
+
+def _command(tool_path: str, sections: Sequence[str], log: Path, processes: str) -> list[str]:
+    """How ncu is called, but for what it looks at."""
+    from minisgl.profiling.ncu import REQUESTED
+
+    chosen = [word for section in sections for word in ("--section", section)]
+    return [
+        tool_path, *chosen, "--metrics", ",".join(REQUESTED),
+        "--target-processes", processes, "--clock-control", "none", "--csv", "--page", "raw", "--log-file", str(log),
+    ]  # fmt: skip
 
 
 def _measure(args: argparse.Namespace) -> Path:
     """Runs the command under ncu, which writes the table that is returned."""
-    from minisgl.profiling.ncu import REQUESTED, SECTIONS
+    from minisgl.profiling.ncu import SECTIONS
 
-    ncu, out = tool.find("ncu", INSTALL), Path(args.out)
-    ours = args.program == list(DEFAULT)
-    program = [*tool.program(args.program), *(("--out", str(out / "under-ncu")) if ours else ())]
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "ncu.csv"
+    tool_path, log = tool.find("ncu", INSTALL), Path(args.out) / "ncu.csv"
+    program = tool.program(args.program)
+    log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-    sections = [word for section in SECTIONS for word in ("--section", section)]
-    names = args.kernels or (OURS if ours else None)
-    chosen = ["--kernel-name", f"regex:{names}"] if names else []
+    chosen = ["--kernel-name", f"regex:{args.kernels}"] if args.kernels else []
     count = args.launches or (50 if args.quick else LAUNCHES)
-    command = [
-        ncu, *sections, "--metrics", ",".join(REQUESTED), "--target-processes", "all", "--clock-control", "none",
-        *chosen, "--launch-count", str(count), "--csv", "--page", "raw", "--log-file", str(log), *program,
-    ]  # fmt: skip
+    command = [*_command(tool_path, SECTIONS, log, "all"), *chosen, "--launch-count", str(count), *program]
     code = tool.run(command)
     if not log.is_file():
         raise MinisglError(f"ncu ended with exit code {code} and wrote nothing; what it said is above")

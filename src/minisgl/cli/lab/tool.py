@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,19 @@ def run(command: Sequence[str], env: dict[str, str] | None = None) -> int:
             return process.wait()
         except KeyboardInterrupt:
             continue
+
+
+def run_limited(command: Sequence[str], limit_s: float) -> int | None:
+    """The exit code of `command`; None if it took longer than `limit_s`: it is killed then, with all that it began."""
+    process = subprocess.Popen(command, env=child_environment(), start_new_session=True)
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def child_environment(more: dict[str, str] | None = None) -> dict[str, str]:
