@@ -2,7 +2,8 @@
 //
 // Idea: one request for the slots of several tokens instead of one each.
 // Expected: nothing: the lanes of a warp that read one slot are one request already, and tokens now take turns.
-// Measured: not measured yet.
+// Measured on an H100, µs at 1 / 64 / 256 / 1024 tokens: 1.57 / 5.06 / 5.78 / 7.50 for v2's 1.06 / 1.41 / 1.85 / 4.20:
+// a loss.
 #include "store/ladder/staging.cuh"
 
 extern "C" __global__ void store_shuffle(char* k_cache, int64 k_slot_stride, char* v_cache, int64 v_slot_stride,
