@@ -79,7 +79,7 @@ def test_kernels_fails_where_a_kernel_is_wrong(
     broken: KernelSpec = replace(radix, run=wrong, versions=(version,))
     monkeypatch.setattr(catalogue, "catalogue", lambda: {"radix": broken})
     with pytest.raises(SystemExit, match="1"):
-        main(["profile", "kernels", "--quick", "--out", str(tmp_path)])
+        main(["profile", "kernels", "--quick", "--jobs", "1", "--out", str(tmp_path)])
     assert "radix off by one int32" in capsys.readouterr().err
     assert [row["ok"] for row in read(tmp_path / "kernels.json").rows] == [False, False]
 
@@ -96,7 +96,7 @@ def test_kernels_goes_on_where_a_kernel_breaks(
     broken: KernelSpec = replace(radix, run=breaks, versions=(version,))
     monkeypatch.setattr(catalogue, "catalogue", lambda: {"broken": broken, "radix": radix})
     with pytest.raises(SystemExit, match="1"):
-        main(["profile", "kernels", "--quick", "--out", str(tmp_path)])
+        main(["profile", "kernels", "--quick", "--jobs", "1", "--out", str(tmp_path)])
     assert "RuntimeError: out of luck" in capsys.readouterr().err
     verdicts = {row["version"]: row["ok"] for row in read(tmp_path / "kernels.json").rows}
     assert verdicts.pop("broken") is False and verdicts and all(verdicts.values())

@@ -73,7 +73,8 @@ def full_run(folder: Path) -> Path:
         "dominant_stall": "long_scoreboard",
     }
     rules = [{"when": "under 50% of peak", "advice": "check coalescing", "kernels": ["index_v2", "store_v2"]}]
-    make("ncu", [seen], {"rules": rules}).write(folder)
+    more = [{"of": "decode", "kernel": "_decode", "us": 12.5}, {"of": "rmsnorm", "kernel": "rmsnorm", "us": 2.5}]
+    make("ncu", [seen, *more], {"rules": rules}).write(folder)
     reduced = [{"op": "all_reduce", "start_us": 100.0 * i, "us": 40.0, "bytes": 4096} for i in range(1, 5)]
     shares = {"step_us": 640.0, "comm_us": 160.0, "share": 0.25, "calls": 4, "layers": 2, "world": 2, "device": "cpu"}
     make("tp", reduced, shares | {"model": "smollm2", "batch": 8, "context": 256}, device="cpu").write(folder)
@@ -151,8 +152,81 @@ def test_profiler_facts_stand_with_their_kernel(reports: Path) -> None:
     analysis = (reports / "analysis.md").read_text()
     index, store = (analysis.partition(f"\n## {name}\n")[2].partition("\n## ")[0] for name in ("index", "store"))
     assert "| index_v2 | 1.9 | 33.5 | long_scoreboard |" in index
+    assert "| _decode | 12.5 |" in analysis.partition("\n## attention\n")[2].partition("\n## ")[0]
+    assert "| rmsnorm | 2.5 |" in analysis.partition("**rmsnorm.**")[2].partition("**rope.**")[0]
     assert "- under 50% of peak: check coalescing (index_v2)" in index
     assert "`minisgl profile ncu --kernels store`" in store
+
+
+def test_gains_that_are_settled_are_no_opportunities(tmp_path: Path) -> None:
+    rows = [ruling("pdl-index", "confirmed", 0.2), ruling("own", "confirmed", 0.3)]
+    make("rulings", rows, {}).write(tmp_path)
+    write_reports([tmp_path], tmp_path / "report")
+    text = (tmp_path / "report" / "final-report.md").read_text().partition("## Opportunities")[2].partition("\n## ")[0]
+    assert "ruling own" in text and "ruling pdl-index" not in text
+    assert "+20.0% (+19.0% to +21.0%): the engine does it." in text
+
+
+def test_rows_of_a_cache_say_nothing_of_memory(tmp_path: Path) -> None:
+    (index, *_) = kernel_records()
+    row = best_rows(index.rows)[-1]
+    once = row | {"case": {"tokens": 16384, "width": 4096}, "limit": "HBM", "fraction": 0.95}
+    again = once | {"case": {**once["case"], "distinct": 64}, "fraction": 2.05, "us": {"median": 1.5}}
+    replace(index, rows=[once, again, once | {"version": "v1"}, again | {"version": "v1"}]).write(tmp_path)
+    write_reports([tmp_path], tmp_path / "report")
+    text = (tmp_path / "report" / "analysis.md").read_text().partition("\n## index")[2].partition("\n## ")[0]
+    assert "(95% of HBM at tokens 16384, width 4096)" in text and "205% of HBM (cached)" in text
+
+
+def test_scatter_tells_what_was_measured(tmp_path: Path) -> None:
+    (_, store, _) = kernel_records()
+    costs = [{"version": "v2", "tokens": 64, "width": 1024, "percent": {"random": 1.4, "paged": 2.6}},
+             {"version": "wide", "tokens": 64, "width": 1024, "percent": {"random": 9.0}},
+             {"version": "v1", "tokens": 64, "width": 256, "percent": {}}]  # fmt: skip
+    replace(store, summary={"scatter_percent": costs}).write(tmp_path)
+    write_reports([tmp_path], tmp_path / "report")
+    text = (tmp_path / "report" / "analysis.md").read_text()
+    assert "| v2 | 64 | 1024 | +1% | +3% |" in text and "nan" not in text and "| wide | 64 |" not in text
+
+
+def test_one_rank_has_no_bandwidth(tmp_path: Path) -> None:
+    rows = [{"op": "all_reduce", "path": "direct", "bytes": 1 << n, "world": 1, "us": {"median": 3.25},
+             "algo_gbps": 12345.0, "bus_gbps": 0.0} for n in range(10, 27)]  # fmt: skip
+    batches = [{"batch": 8, "bytes": 4096, "path": "direct", "layer_us": 0.6, "token_us": 17.0, "share": 0.5}]
+    facts = {"batches": batches, "weights_us": 61.0, "layers": 28, "model": "qwen3-8b", "world": 1, "layer_us": 0.6}
+    comm = make("comm", rows, facts)
+    comm.write(tmp_path)
+    write_reports([tmp_path], tmp_path / "report")
+    text = (tmp_path / "report" / "final-report.md").read_text()
+    assert "nothing crosses a link" in text and "12,345" not in text and "µs a layer" not in text
+    assert "| all_reduce | direct | 1 KiB | 1 | 3.25 |" in text and "12 other rows are in the JSON" in text
+    found = compare({"comm": comm}, load_reference())
+    assert not any("tensor parallel" in row["what"] for row in found.rows)
+
+
+def test_what_a_cpu_measured_is_marked_in_a_gpus_reports(tmp_path: Path) -> None:
+    write_h100(tmp_path / "gpu")
+    step = {"operator": "qkv", "kernel": "C++", "calls": 1, "us": 90.0, "bytes": 1, "floor_us": 9.0, "fraction": 0.1}
+    make("step", [step], {"step_us": 100.0, "gaps_us": 10.0}, device="cpu").write(tmp_path / "cpu")
+    empty = make("step", [], {})
+    empty.skip("operators", "its kernels overlap")
+    empty.write(tmp_path / "gpu")
+    write_reports([tmp_path / "cpu", tmp_path / "gpu"], tmp_path / "report")
+    text = (tmp_path / "report" / "final-report.md").read_text()
+    assert "On a CPU instead, until a GPU has done it: step." in text
+    part = text.partition("## Where a decode step's time goes")[2].partition("\n## ")[0]
+    assert "**Measured on a CPU**" in part and f"Left out: {empty.hardware['name']}: its kernels overlap." in part
+    assert "**A decode step** (on a CPU) spends most on qkv" in text and "of a decode step (on a CPU)" in text
+    assert "| qkv (C++) |" not in text.partition("## Opportunities")[2].partition("\n## ")[0]
+    assert "Not measured yet: comm, request, step" in text
+
+
+def test_topology_is_shown_as_a_terminal_would(tmp_path: Path) -> None:
+    (_, _, env) = kernel_records()
+    replace(env, summary={"topology": "\x1b[4mGPU0\tGPU1\x1b[0m\nGPU0\t X \tNV18"}).write(tmp_path)
+    write_reports([tmp_path], tmp_path / "report")
+    text = (tmp_path / "report" / "environment.md").read_text()
+    assert "```\n\tGPU0\tGPU1\nGPU0\t X \tNV18\n```" in text and "\x1b" not in text
 
 
 def test_opportunities_are_ranked_by_what_they_may_give(reports: Path) -> None:

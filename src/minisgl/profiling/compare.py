@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,8 @@ def compare(runs: Runs, reference: Reference, earlier: Runs | None = None) -> Re
     found = [*_from_reference(runs, reference), *_from_floor(runs), *_regressions(runs, earlier or {})]
     found.sort(key=lambda d: d.size, reverse=True)
     record = new_record("compare", any(run.quick for run in runs.values()))
+    if "env" in runs:  # the machine that is compared, wherever this is computed
+        record = replace(record, hardware=runs["env"].hardware)
     for discrepancy in found:
         record.rows.append(asdict(discrepancy) | {"ratio": discrepancy.ratio})
     for figure in reference.figures:
@@ -106,6 +108,8 @@ def _row_of(figure: Figure, runs: Runs) -> tuple[float, dict[str, Any]] | None:
     if record is None:
         return None
     if figure.summary:
+        if record.summary.get("world") == 1:
+            return None  # one rank communicates with nobody
         value = record.summary.get(figure.summary)
         scale = 1000.0 if figure.summary.endswith("_ms") else 1.0
         return None if not value else (float(value) * scale, {})

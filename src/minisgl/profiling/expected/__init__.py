@@ -89,6 +89,7 @@ class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         gain: the least and the most that is claimed; None is no bound.
         experiment: the name of what measures it, in `experiments.py`; cases: sizes to measure it at.
+        engine: what the engine makes of it, where that is settled.
     """
 
     id: str
@@ -98,6 +99,7 @@ class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     a: Arm
     b: Arm
     cases: list[dict[str, Any]]
+    engine: str = ""
 
 
 @cache

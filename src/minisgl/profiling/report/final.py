@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
 
-from minisgl.profiling.compare import best_rows, case_text
 from minisgl.profiling.record import Record
 from minisgl.profiling.report import plots
-from minisgl.profiling.report.kernels import SWEEPS, classify
+from minisgl.profiling.report.advice import MOST_ROWS, classes, conclusions, discrepancies, opportunities, rulings
 from minisgl.profiling.report.markdown import (
     lookup,
     missing,
@@ -24,9 +21,8 @@ from minisgl.profiling.report.markdown import (
     words,
 )
 from minisgl.profiling.report.sources import Sources, command
-from minisgl.profiling.rulings import measured
 
-MOST_ROWS = 20  # of a ranked list
+MOST_SIZES = 6  # of a collective, in the table; the plots have all
 
 
 def render(sources: Sources) -> str:
@@ -34,22 +30,12 @@ def render(sources: Sources) -> str:
     parts = [_summary(sources), _request(sources), _step(sources), _communication(sources), _tp_timeline(sources)]
     parts += [
         _load(sources),
-        _opportunities(sources),
-        _rulings(sources),
-        _discrepancies(sources),
-        _conclusions(sources),
+        opportunities(sources),
+        rulings(sources),
+        discrepancies(sources),
+        conclusions(sources),
     ]
     return section("Final report", *parts, level=1)
-
-
-def _classes(sources: Sources) -> list[tuple[str, str]]:
-    """Each kernel measured and its class."""
-    found = []
-    for kind in SWEEPS:
-        rows = best_rows(record.rows) if (record := sources.get(kind)) else []
-        for name in dict.fromkeys(row["kernel"] for row in rows):
-            found.append((name, classify([row for row in rows if row["kernel"] == name])))
-    return found
 
 
 def _verdicts(record: Record | None) -> Counter[str]:
@@ -60,16 +46,15 @@ def _verdicts(record: Record | None) -> Counter[str]:
 
 
 def _summary(sources: Sources) -> str:
-    machines = list(dict.fromkeys(r.hardware["name"] for r in sources.records.values()))
-    points = [f"Measured on {words(machines)}." if machines else "Nothing has been measured yet."]
-    points += [f"**{name}**: {text}" for name, text in _classes(sources)]
+    points = [_measured_on(sources)]
+    points += [f"**{name}**: {text}" for name, text in classes(sources)]
     if step := _top_operators(sources.get("step")):
-        points.append(f"**A decode step** spends most on {step}.")
+        points.append(f"**A decode step**{sources.mark('step')} spends most on {step}.")
     request = sources.get("request")
     if request and lookup(request, "ttft_ms"):
         points.append(
-            f"**A request** of {lookup(request, 'prompt_tokens')} tokens has its first token after "
-            f"{number(lookup(request, 'ttft_ms'))} ms and one every {number(lookup(request, 'itl_ms'))} ms; "
+            f"**A request**{sources.mark('request')} of {lookup(request, 'prompt_tokens')} tokens has its first token "
+            f"after {number(lookup(request, 'ttft_ms'))} ms and one every {number(lookup(request, 'itl_ms'))} ms; "
             f"{percent(lookup(request, 'accounted'))} of that time is accounted for by operators."
         )
     verdicts = _verdicts(sources.get("rulings"))
@@ -77,6 +62,29 @@ def _summary(sources: Sources) -> str:
         told = words([f"{count} {verdict}" for verdict, count in verdicts.most_common()])
         points.append(f"**Claims**: {told}.")
     return section("Executive summary", "\n".join(f"- {point}" for point in points))
+
+
+def _measured_on(sources: Sources) -> str:
+    """The machine; and what was measured on a CPU in its stead."""
+    records = sources.records
+    stand_ins = [kind for kind in records if sources.stands_in(records[kind])]
+    machines = list(dict.fromkeys(r.hardware["name"] for kind, r in records.items() if kind not in stand_ins))
+    if not machines:
+        return "Nothing has been measured yet."
+    others = f" On a CPU instead, until a GPU has done it: {words(stand_ins)}." if stand_ins else ""
+    return f"Measured on {words(machines)}.{others}"
+
+
+def _place(kind: str, sources: Sources) -> list[str]:
+    """What stands above a section whose figures a CPU has measured, among a GPU's; and why the GPU has none."""
+    record = sources.get(kind)
+    why = [f"Left out: {reason}." for reason in sources.reasons.get(kind, ())]
+    if record is None or not record.rows or not sources.stands_in(record):
+        return why
+    note = (
+        f"**Measured on a CPU**: it shows how to read this, not what a GPU takes; `{command(kind)}` there replaces it."
+    )
+    return [note, *why]
 
 
 def _top_operators(record: Record | None) -> str:
@@ -96,9 +104,13 @@ def _request(sources: Sources) -> str:
     title = "The way of one request"
     record = sources.get("request")
     if record is None or not record.rows:
-        return section(title, missing("one request to a real server", command("request")))
+        return section(title, missing("one request to a real server", command("request")), *_place("request", sources))
     svg = plots.request_timeline(record)
-    parts = [origin(record), sources.plot("request", svg, "One request: what ran when, by category")]
+    parts = [
+        origin(record),
+        *_place("request", sources),
+        sources.plot("request", svg, "One request: what ran when, by category"),
+    ]
     windows = {"ttft": "To the first token", "itl": "From token to token (mean)"}
     for window, name in windows.items():
         operators = lookup(record, "operators", window) or {}
@@ -118,7 +130,7 @@ def _step(sources: Sources) -> str:
     title = "Where a decode step's time goes"
     record = sources.get("step")
     if record is None or not record.rows:
-        return section(title, missing("a decode step by operator", command("step")))
+        return section(title, missing("a decode step by operator", command("step")), *_place("step", sources))
     summary = record.summary
     where = f"Batch {summary.get('batch')}, context {number(summary.get('context'))}: "
     where += f"{number(summary.get('step_us'))} µs a step, {number(summary.get('gaps_us'))} of them in gaps."
@@ -132,7 +144,8 @@ def _step(sources: Sources) -> str:
     head = ("operator:", "kernel:", "calls", "µs", "bytes", "floor µs", "of floor")
     shown = sources.plot("step", svg, "A decode step by operator, measured and floor")
     cached = "Above 100%: the bytes came from a cache." if any((r.get("fraction") or 0) > 1 for r in rows) else ""
-    return section(title, origin(record), where, shown, table(head, lines), cached, skipped(record))
+    place = _place("step", sources)
+    return section(title, origin(record), *place, where, shown, table(head, lines), cached, skipped(record))
 
 
 def _communication(sources: Sources) -> str:
@@ -147,17 +160,28 @@ def _communication(sources: Sources) -> str:
         parts.append(
             f"**{place}**: this says how the timeline is read, not what GPUs need; a run on several replaces it."
         )
+    alone = all(row["world"] == 1 for row in record.rows)
+    if alone:
+        parts.append(
+            "**One rank**: nothing crosses a link. The times are what calls, kernels and copies into buffers cost; "
+            "`direct`, `registered` and all-gather work in place and move nothing, so no bandwidth is shown."
+        )
     for op in dict.fromkeys(row["op"] for row in record.rows):
-        svg = plots.path_crossover(op, record.rows, place)
+        svg = plots.path_crossover(op, record.rows, f"{place}, one rank" if alone else place)
         parts.append(sources.plot(f"comm-{op}", svg, f"{op}: time by size and path"))
+    sizes = sorted({row["bytes"] for row in record.rows})
+    few = sizes if len(sizes) <= MOST_SIZES else {*sizes[::4], sizes[-1]}
     lines = [
-        (row["op"], row["path"], size(row["bytes"]), row["world"], spread(row["us"]), number(row.get("algo_gbps")),
-         number(row.get("bus_gbps")))
-        for row in record.rows
+        (row["op"], row["path"], size(row["bytes"]), row["world"], spread(row["us"]),
+         *(number(row.get(name)) for name in ("algo_gbps", "bus_gbps") if not alone))
+        for row in record.rows if row["bytes"] in few
     ]  # fmt: skip
-    head = ("operation:", "path:", "bytes", "ranks", "µs (p10–p90)", "algorithm GB/s", "bus GB/s")
+    rates = () if alone else ("algorithm GB/s", "bus GB/s")
+    head = ("operation:", "path:", "bytes", "ranks", "µs (p10–p90)", *rates)
     parts.append(table(head, lines))
-    if batches := lookup(record, "batches"):
+    if len(lines) < len(record.rows):
+        parts.append(f"_{len(record.rows) - len(lines)} other rows are in the JSON._")
+    if not alone and (batches := lookup(record, "batches")):
         svg = plots.layer_shares(batches, record.summary["weights_us"])
         parts.append(sources.plot("comm-layer", svg, "A layer: weights and all-reduces, by batch"))
         steps = [
@@ -192,125 +216,7 @@ def _load(sources: Sources) -> str:
     title = "A served model under load"
     record = sources.get("load")
     if record is None or not record.rows:
-        return section(title, missing("a server under load", command("load")))
+        return section(title, missing("a server under load", command("load")), *_place("load", sources))
     lines = [(row["what"], number(row["value"]), row["unit"]) for row in record.rows]
-    return section(title, origin(record), table(("what:", "value", "unit:"), lines), skipped(record))
-
-
-# -- what to do, and what was claimed --------------------------------------------------------------------------------
-
-
-def _opportunities(sources: Sources) -> str:
-    """Ranked: what a decode step could lose, and what rulings have shown to gain."""
-    found = [*_step_opportunities(sources.get("step")), *_ruled_opportunities(sources.get("rulings"))]
-    title = "Opportunities, by priority"
-    if not found:
-        return section(title, missing("a decode step and the rulings", "minisgl profile step; minisgl profile rulings"))
-    found.sort(key=lambda item: item[0], reverse=True)
-    lines = [(i + 1, *item[1:]) for i, item in enumerate(found[:MOST_ROWS])]
-    text = (
-        "Shares of a step are what is left above the floor, so at most what can be gained; ruled gains were measured, "
-        "on the kernel. Effort: small is a choice of version, medium a fusion or a launch less, large another kernel."
-    )
-    return section(title, text, table(("", "what:", "gain:", "effort:", "why:"), lines))
-
-
-def _step_opportunities(record: Record | None) -> list[tuple[float, str, str, str, str]]:
-    whole = lookup(record, "step_us")
-    if record is None or not whole:
-        return []
-    found = []
-    for row in record.rows:
-        left = (row["us"] - (row.get("floor_us") or 0.0)) / whole
-        if left >= 0.01:
-            why = f"{number(row['us'])} µs, floor {number(row.get('floor_us') or 0.0)}"
-            near = (row.get("fraction") or 0.0) >= 0.5
-            found.append((left, f"{row['operator']} ({row['kernel']})", f"up to {percent(left)} of a step",
-                          "medium" if near else "large", why))  # fmt: skip
-    gaps = (lookup(record, "gaps_us") or 0.0) / whole
-    if gaps >= 0.01:
-        found.append((gaps, "gaps between kernels", f"up to {percent(gaps)} of a step", "medium", "launches in a row"))
-    return found
-
-
-def _ruled_opportunities(record: Record | None) -> list[tuple[float, str, str, str, str]]:
-    rows = [row for row in record.rows if row["case"] is None and row.get("low", 0.0) > 0.01] if record else []
-    return [
-        (row["low"] / 10, f"{row['b']} instead of {row['a']}", measured(row), "small", f"ruling {row['claim']}")
-        for row in rows
-    ]
-
-
-def _rulings(sources: Sources) -> str:
-    title = "Rulings on claims"
-    record = sources.get("rulings")
-    if record is None or not record.rows:
-        return section(title, missing("the claims", command("rulings")))
-    pooled = [row for row in record.rows if row["case"] is None]
-    lines = [(row["text"], f"**{row['verdict']}**", measured(row) if "gain" in row else "–", row.get("rounds", "–"),
-              row.get("why", f"{row['b']} against {row['a']}")) for row in pooled]  # fmt: skip
-    text = (
-        "Interleaved A/B measurements of one run; the gain is time of A over time of B less one, with its 95% interval."
-    )
-    parts = [origin(record), text]
-    if any("gain" in row for row in pooled):
-        parts.append(sources.plot("rulings", plots.ruling_intervals(record.rows), "Gains with their intervals"))
-    cases = [
-        (row["claim"], case_text(row["case"]), spread(row["us_a"]), spread(row["us_b"]), measured(row), row["verdict"])
-        for row in record.rows
-        if row["case"] is not None
-    ]
-    parts.append(table(("claim:", "verdict:", "gain (interval):", "rounds", "arms:"), lines))
-    if cases:
-        head = ("claim:", "case:", "A µs (p10–p90)", "B µs (p10–p90)", "gain (interval):", "verdict:")
-        parts.append("Case by case:\n\n" + table(head, cases))
-    return section(title, *parts)
-
-
-def _discrepancies(sources: Sources) -> str:
-    title = "Expected and measured"
-    record = sources.get("compare")
-    if record is None:
-        return section(title, missing("runs beside expected figures", command("compare")))
-    findings = [(f["severity"], f["figure"], f["text"]) for f in record.summary.get("findings", [])]
-    reference = f"The reference: {record.summary['reference']['source']}."
-    parts = [origin(record), reference]
-    if findings:
-        parts.append("What can't be in it:\n\n" + table(("severity:", "figure:", "why:"), findings))
-    lines = [
-        (row["what"], row["against"], number(row["measured_us"]), number(row["expected_us"]),
-         f"{number(row['ratio'])}×", row["cause"], row["next"])
-        for row in record.rows[:MOST_ROWS]
-    ]  # fmt: skip
-    head = ("what:", "against:", "measured µs", "expected µs", "ratio", "likely cause:", "next experiment:")
-    parts.append("Discrepancies, the largest first:\n\n" + table(head, lines) if lines else "Nothing differs.")
-    return section(title, *parts)
-
-
-def _conclusions(sources: Sources) -> str:
-    points = []
-    classes = _classes(sources)
-    for word in ("launch", "bandwidth", "compute"):
-        names = [name for name, text in classes if text.lower().startswith(word)]
-        if names:
-            points.append(f"{words(names)}: {word}-bound at most.")
-    record = sources.get("rulings")
-    for verdict in ("confirmed", "refuted", "no difference"):
-        held = [row for row in record.rows if row["case"] is None and row["verdict"] == verdict] if record else []
-        points += [f"{verdict.capitalize()}: {row['text']} ({measured(row)})." for row in held]
-    gaps, whole = lookup(sources.get("step"), "gaps_us"), lookup(sources.get("step"), "step_us")
-    if gaps is not None and whole:
-        points.append(f"Gaps take {percent(gaps / whole)} of a decode step.")
-    absent = [
-        kind for kind in ("index", "store", "attention", "comm", "request", "step", "ncu") if not _has(sources, kind)
-    ]
-    if absent:
-        points.append(
-            f"Not measured yet: {words(absent)}; scripts/06_full_pipeline.sh measures all that a machine can."
-        )
-    return section("Conclusions", "\n".join(f"- {point}" for point in points))
-
-
-def _has(sources: Sources, kind: str) -> bool:
-    record: Mapping[str, Any] | Record | None = sources.get(kind)
-    return isinstance(record, Record) and bool(record.rows)
+    place = _place("load", sources)
+    return section(title, origin(record), *place, table(("what:", "value", "unit:"), lines), skipped(record))

@@ -23,6 +23,7 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 2.5rem 0 1rem; scroll-margin-
 h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line) }
 p, li { max-width: 50rem; overflow-wrap: break-word }
 code { font-size: .9em; background: var(--soft); padding: .05em .3em; border-radius: 3px; overflow-wrap: anywhere }
+pre { overflow-x: auto; font-size: .8rem } pre code { background: none; overflow-wrap: normal }
 .wide { overflow-x: auto; margin: .8rem 0 }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }

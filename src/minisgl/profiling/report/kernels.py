@@ -29,6 +29,7 @@ from minisgl.profiling.report.sources import Sources, command
 
 SWEEPS = ("index", "store", "attention")  # kinds whose rows time kernels
 ALONG = ("tokens", "batch", "context", "distinct")  # sizes that a table walks along; the others define it
+_PLAIN = ("of", "kernel", "grid", "block", "advice")  # of ncu's rows: no figures
 _MEMORY = ("HBM", "L2", "cpu")
 
 
@@ -50,9 +51,14 @@ def render(sources: Sources) -> str:
         names = list(dict.fromkeys(row["kernel"] for row in record.rows)) or [kind]
         parts += [_kernel(name, record, sources) for name in names]
     others = sorted(set(notes()) - {row["kernel"] for kind in SWEEPS for row in _rows(sources.get(kind))} - set(SWEEPS))
-    parts.append(section("Other kernels", *(f"**{name}.** {notes()[name]['model']}" for name in others)))
+    parts.append(section("Other kernels", *(_other(name, sources) for name in others)))
     parts.append(_intensity(sources))
     return section("The kernels, one by one", *parts, level=1)
+
+
+def _other(name: str, sources: Sources) -> str:
+    seen = _ncu(name, sources) if _counted(name, sources.get("ncu")) else ""
+    return "\n\n".join(filter(None, [f"**{name}.** {notes()[name]['model']}", seen]))
 
 
 def _rows(record: Record | None) -> list[dict[str, Any]]:
@@ -79,7 +85,11 @@ def _kernel(name: str, record: Record, sources: Sources) -> str:
 
 
 def classify(best: Sequence[Mapping[str, Any]]) -> str:
-    """A kernel's class from its rows: what binds most sizes, and how near it comes where the launch doesn't bind."""
+    """A kernel's class from its rows: what binds most sizes, and how near it comes where the launch doesn't bind.
+
+    Rows that a GPU read from a cache say nothing of its memory; they count where there are no others.
+    """
+    best = [row for row in best if not (row["limit"] == "HBM" and is_cached(row))] or best
     bound = Counter(row["limit"] for row in best)
     large = [row for row in best if row["limit"] != "launch"]
     if not large:
@@ -88,10 +98,19 @@ def classify(best: Sequence[Mapping[str, Any]]) -> str:
     kind = "bandwidth-bound" if limit in _MEMORY else "compute-bound"
     top = max(large, key=lambda row: row["fraction"])
     verdict = "near its limit: minor tuning is left" if top["fraction"] >= NEAR_FLOOR else "short of its limit"
-    cached = ", the data in part from a cache" if limit == "cpu" and top["fraction"] > 1 else ""
-    small = f"; launch-bound at {bound['launch']} of {len(best)} sizes" if bound["launch"] else ""
+    cached = ", the data in part from a cache" if is_cached(top) else ""
+    small = ""
+    if bound["launch"]:
+        times = sorted(1 / row["fraction"] for row in best if row["limit"] == "launch")
+        span = " to ".join(dict.fromkeys((number(times[0], 2), number(times[-1], 2))))
+        small = f"; launch-bound at {bound['launch']} of {len(best)} sizes, there {span} times an empty launch"
     where = f"{percent(top['fraction'])} of {limit} at {case_text(top['case'])}{cached}"
     return f"{kind.capitalize()}, {verdict} ({where}){small}."
+
+
+def is_cached(row: Mapping[str, Any]) -> bool:
+    """Whether a row is faster than its memory allows, so that data came from a cache in front of it."""
+    return row["limit"] in ("cpu", "HBM") and bool(row["fraction"] > 1.02)  # a ceiling is a measurement too
 
 
 def binding(best: Sequence[Mapping[str, Any]]) -> str:
@@ -143,7 +162,7 @@ def _measured(rows: Sequence[dict[str, Any]], best: Sequence[dict[str, Any]]) ->
                 *(number(median_us(other) if other else None) for other in others),
                 number(row.get("gbps")),
                 number(row["floor_us"]),
-                f"{percent(row['fraction'])} of {row['limit']}",
+                f"{percent(row['fraction'])} of {row['limit']}{' (cached)' * is_cached(row)}",
             )
         )
     if not lines:
@@ -155,9 +174,12 @@ def _measured(rows: Sequence[dict[str, Any]], best: Sequence[dict[str, Any]]) ->
 
 def _versions(name: str, rows: Sequence[dict[str, Any]], sources: Sources) -> str:
     """The ladder: every version's time at the sizes of the main setting."""
-    tuned = [row for row in rows if not row.get("config") or row["version"].endswith("no pdl")]
+    plain = [row for row in rows if "distinct" not in row["case"]]  # repeated rows are other work
+    tuned = [row for row in plain if not row.get("config") or row["version"].endswith("no pdl")]
     group = [row for row in main_group(tuned) if row["version"] != "copy"]
     along = next((n for n in ALONG if len({row["case"].get(n) for row in group}) > 1), None)
+    fixed = {n: _most_common(group, n) for n in ALONG if n != along and any(n in row["case"] for row in group)}
+    group = [row for row in group if all(row["case"].get(n) == value for n, value in fixed.items())]
     series: dict[str, dict[int, float]] = {}
     for row in group:
         us = median_us(row)
@@ -168,44 +190,58 @@ def _versions(name: str, rows: Sequence[dict[str, Any]], sources: Sources) -> st
         return ""
     sizes = sorted({n for times in series.values() for n in times})
     lines = [(version, *(number(times.get(n)) for n in sizes)) for version, times in series.items()]
-    setting = case_text(_setting(group[0]))
+    setting = case_text(fixed | _setting(group[0]))
     shown = sources.plot(f"versions-{name}", plots.version_times(name, series, along), f"{name}: time by version")
     return f"**Versions**, µs at {along}; {setting}:\n\n{table(('version:', *map(str, sizes)), lines)}\n\n{shown}"
+
+
+def _most_common(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
+    return Counter(row["case"].get(name) for row in rows).most_common(1)[0][0]
 
 
 def _scatter(record: Record) -> str:
     costs = record.summary.get("scatter_percent")
     if not costs:
         return ""
-    orders = list(costs[0]["percent"])
+    orders = list(dict.fromkeys(order for cost in costs for order in cost["percent"]))
+    ours = [cost for cost in costs if cost["version"] != "torch"] or costs
+    whole = [cost for cost in ours if set(cost["percent"]) == set(orders)] or ours  # in every order
     lines = [
-        (c["version"], c["tokens"], c["width"], *(f"{c['percent'].get(o, float('nan')):+.0f}%" for o in orders))
-        for c in costs
-        if c["version"] != "torch"
-    ] or [(c["version"], c["tokens"], c["width"], *(f"{c['percent'][o]:+.0f}%" for o in orders)) for c in costs]
-    return "**What scattered slots cost** against sequential ones:\n\n" + table(
-        ("version:", "tokens", "width", *orders), lines
-    )
+        (
+            c["version"],
+            c["tokens"],
+            c["width"],
+            *(f"{c['percent'][o]:+.0f}%" if o in c["percent"] else "–" for o in orders),
+        )
+        for c in whole
+        if c["percent"]
+    ]
+    shown = table(("version:", "tokens", "width", *orders), lines)
+    return f"**What scattered slots cost** against sequential ones:\n\n{shown}"
 
 
 def _ncu(name: str, sources: Sources) -> str:
     """What the profiler saw in the kernel, where it ran."""
     record = sources.get("ncu")
-    rows = [row for row in _rows(record) if name in str(row.get("kernel", ""))]
+    rows = _counted(name, record)
     if record is None or not rows:
         absent = missing("SM use, stalls, sectors, registers", f"minisgl profile ncu --kernels {name}")
         return f"**Inside the kernel.** {absent}"
-    facts = [
-        name for name in dict.fromkeys(key for row in rows for key in row) if name not in ("kernel", "grid", "block")
-    ]
+    facts = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in _PLAIN]
     lines = [(row["kernel"], *(_fact(row.get(name)) for name in facts)) for row in rows]
     advice = [
         f"- {rule['when']}: {rule['advice']} ({words(held)})"
         for rule in record.summary.get("rules", [])
-        if (held := [kernel for kernel in rule["kernels"] if name in kernel])
+        if (held := sorted({row["kernel"] for row in rows} & set(rule["kernels"])))
     ]
     shown = table(("kernel:", *(name.replace("_", " ") for name in facts)), lines)
     return "\n\n".join(filter(None, ["**Inside the kernel**, by ncu:", shown, "\n".join(advice)]))
+
+
+def _counted(name: str, record: Record | None) -> list[dict[str, Any]]:
+    """ncu's rows of a kernel: it was asked for by this name, or its own name has it."""
+    names = ("decode", "prefill") if name == "attention" else (name,)
+    return [r for r in _rows(record) if (r["of"] in names if "of" in r else name in str(r.get("kernel", "")))]
 
 
 def _fact(value: object) -> str:

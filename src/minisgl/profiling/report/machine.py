@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from minisgl.profiling.record import Record
 from minisgl.profiling.report.markdown import missing, number, origin, section, size, skipped, table
 from minisgl.profiling.report.sources import Sources, command
 
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # what makes a terminal underline
 UNITS = {"us": "µs", "gbps": "GB/s", "tflops": "TFLOP/s"}
 
 
@@ -29,8 +31,13 @@ def _machine(record: Record) -> list[str]:
         parts.append(section("GB/s between GPUs", table(head, lines)))
     facts = {**record.hardware, **record.summary}
     facts.pop("peer_gbps", None)
+    topology = _ESCAPES.sub("", facts.pop("topology", None) or "").rstrip()
     found = dict(_flat(facts)) | {f"package {name}": value for name, value in record.versions.items()}
-    return [*parts, section("Facts", table(("fact:", "value:"), list(found.items()))), skipped(record)]
+    parts.append(section("Facts", table(("fact:", "value:"), list(found.items()))))
+    if topology:
+        topology = topology if topology[0].isspace() else f"\t{topology}"  # above the column of names
+        parts.append(section("Topology", "As `nvidia-smi topo -m` shows the host:", f"```\n{topology}\n```"))
+    return [*parts, skipped(record)]
 
 
 def _flat(facts: dict[str, Any], above: str = "") -> list[tuple[str, str]]:

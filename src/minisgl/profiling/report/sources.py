@@ -37,7 +37,19 @@ class Sources:
     """The records of a report, and the plots that its pages have asked for, by file name."""
 
     records: dict[str, Record]
+    reasons: dict[str, list[str]] = field(default_factory=dict)  # of records without rows: why
     plots: dict[str, str] = field(default_factory=dict)
+
+    def stands_in(self, record: Record) -> bool:
+        """Whether a record is a CPU's, in reports of a GPU."""
+        machine = self.records.get("env")
+        on_gpu = machine is not None and machine.hardware.get("device") == "cuda"
+        return on_gpu and record.hardware.get("device") == "cpu"
+
+    def mark(self, kind: str) -> str:
+        """Behind a statement that a CPU's figures make, in reports of a GPU."""
+        record = self.records.get(kind)
+        return " (on a CPU)" if record is not None and self.stands_in(record) else ""
 
     def get(self, kind: str) -> Record | None:
         return self.records.get(kind)
@@ -51,11 +63,15 @@ class Sources:
 def gather(folders: Sequence[Path]) -> Sources:
     """For each kind the best: with rows, no quick run, of a GPU; among those the newest."""
     best: dict[str, Record] = {}
+    reasons: dict[str, list[str]] = {}
     for folder in folders:
         for kind, record in load_runs(folder).items():
+            if not record.rows:
+                name = record.hardware["name"]
+                reasons.setdefault(kind, []).extend(f"{name}: {note['why']}" for note in record.skipped)
             if kind not in best or _rank(record) > _rank(best[kind]):
                 best[kind] = record
-    return Sources(best)
+    return Sources(best, reasons)
 
 
 def _rank(record: Record) -> tuple[bool, bool, bool, str]:
