@@ -80,10 +80,10 @@ def test_damaged_table_is_named(text: str, tmp_path: Path) -> None:
         read_table(tmp_path / "sm_90.json")
 
 
-def test_best_config_takes_the_first_within_the_noise() -> None:
-    timed = [(Config(64, 1), 1.005), (Config(128, 1), 1.0), (Config(256, 1), 2.0)]
-    assert best_config(timed) == Config(64, 1)
-    assert best_config(timed, margin=0.001) == Config(128, 1)
+def test_best_config_takes_the_largest_blocks_within_the_noise() -> None:
+    small, large, wide, slow = Config(64, 1), Config(256, 1), Config(256, 2), Config(512, 1)
+    assert best_config([(small, 1.0), (large, 1.005), (wide, 1.0), (slow, 1.02)]) == large
+    assert best_config([(small, 1.0), (slow, 1.02)]) == small
 
 
 def test_written_table_reads_back(tmp_path: Path) -> None:
