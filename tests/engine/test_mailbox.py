@@ -46,6 +46,20 @@ def test_mailbox_begins_again_after_a_reset(device: str) -> None:
     assert words.tolist() == [[5] * 4] * 3
 
 
+@DEVICES
+def test_mailbox_keeps_the_turn_of_a_step_that_was_not_launched(device: str) -> None:
+    mail = Mailbox(4, PAD, torch.device(device))
+    words = torch.zeros(3, 4, dtype=torch.int32, device=device)
+    mail.next_words(4)[:] = 5
+    mail.next_words(4)[:] = 6
+    mail.receive(words)
+    mail.send(words[0].long())
+    tokens, done = mail.tokens(4)
+    if done is not None:
+        done.synchronize()
+    assert tokens.tolist() == [6] * 4
+
+
 @pytest.mark.cuda
 def test_mailbox_reads_what_the_host_writes_between_replays() -> None:
     mail = Mailbox(4, PAD, torch.device("cuda"))

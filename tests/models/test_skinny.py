@@ -140,6 +140,20 @@ def test_float32_and_large_batches_are_left_alone() -> None:
     assert op.tuned(torch.zeros(65, 32, dtype=torch.bfloat16), weight.bfloat16()) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_behind_a_norm_are_left_alone_where_they_would_overflow(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times its gain the row is beyond float16, normed it isn't."""
+    monkeypatch.setattr(op, "choose_product", lambda *_: Config(128, 1))
+    x, gain, weight = torch.zeros(1, 32, dtype=dtype), torch.full((32,), 8.0, dtype=dtype), torch.ones(64, 32).to(dtype)
+    x[0, 0] = 16384
+    fits = bool((x * gain).isfinite().all())
+    assert torch.nn.functional.rms_norm(x, (32,), gain).isfinite().all() and fits == (dtype == torch.bfloat16)
+    assert (op.tuned(x, weight, norm=True) is not None) == fits
+    assert op.tuned(x, weight) is not None
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("batch", [1, 5, 33])
 def test_skinny_layers_on_a_gpu_stay_close(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:

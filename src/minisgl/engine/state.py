@@ -77,8 +77,8 @@ class Mailbox:
     # -- on the host
 
     def next_words(self, size: int) -> np.ndarray:
-        """The words [3, `size`] of the next step, to be filled."""
-        self._slot = slot = (self._slot + 1) % RING
+        """The words [3, `size`] of the next step, to be filled. Its turn comes with `tokens`, once it is launched."""
+        slot = (self._slot + 1) % RING
         if self._done:
             self._done[slot].synchronize()  # RING steps ago: long done
         words = self._words[slot, : 3 * size].reshape(3, size)
@@ -87,6 +87,7 @@ class Mailbox:
 
     def tokens(self, count: int) -> tuple[Tensor, torch.cuda.Event | None]:
         """Where the tokens [`count`] of the step just launched will be, and the event after which they are there."""
+        self._slot = (self._slot + 1) % RING
         if not self._done:
             return self._tokens[self._slot, :count], None
         done = self._done[self._slot]
