@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from minisgl.profiling.record import Record
 from minisgl.profiling.report import plots
@@ -160,36 +162,54 @@ def _communication(sources: Sources) -> str:
         parts.append(
             f"**{place}**: this says how the timeline is read, not what GPUs need; a run on several replaces it."
         )
-    alone = all(row["world"] == 1 for row in record.rows)
+    rows, alone = record.rows, all(row["world"] == 1 for row in record.rows)
     if alone:
+        rows, place = [row for row in rows if not _does_nothing(row)], f"{place}, one rank"
         parts.append(
-            "**One rank**: nothing crosses a link. The times are what calls, kernels and copies into buffers cost; "
-            "`direct`, `registered` and all-gather work in place and move nothing, so no bandwidth is shown."
+            "**One rank**: nothing crosses a link. The times are what our kernels and the copies into buffers cost; with "
+            "one rank's data NCCL does nothing in place, so its all-gather, `direct` and `registered` are left out."
         )
-    for op in dict.fromkeys(row["op"] for row in record.rows):
-        svg = plots.path_crossover(op, record.rows, f"{place}, one rank" if alone else place)
-        parts.append(sources.plot(f"comm-{op}", svg, f"{op}: time by size and path"))
-    sizes = sorted({row["bytes"] for row in record.rows})
+    for op in dict.fromkeys(row["op"] for row in rows):
+        plot = plots.path_crossover(op, rows, place)
+        parts.append(sources.plot(f"comm-{op}", plot, f"{op}: time by size and path"))
+    parts += [_collectives(rows, alone), "" if alone else _layers(record, sources)]
+    return section(title, *parts, skipped(record))
+
+
+def _does_nothing(row: Mapping[str, Any]) -> bool:
+    """Whether a collective launches nothing for one rank: what was timed is an empty graph."""
+    return row["op"] == "all_gather" or (row["op"] == "all_reduce" and row["path"] in ("direct", "registered"))
+
+
+def _collectives(rows: Sequence[Mapping[str, Any]], alone: bool) -> str:
+    """A table of times, of some sizes where there are many; with bandwidths, unless a rank is alone."""
+    sizes = sorted({row["bytes"] for row in rows})
     few = sizes if len(sizes) <= MOST_SIZES else {*sizes[::4], sizes[-1]}
+    rates = {} if alone else {"algo_gbps": "algorithm GB/s", "bus_gbps": "bus GB/s"}
     lines = [
         (row["op"], row["path"], size(row["bytes"]), row["world"], spread(row["us"]),
-         *(number(row.get(name)) for name in ("algo_gbps", "bus_gbps") if not alone))
-        for row in record.rows if row["bytes"] in few
+         *(number(row.get(name)) for name in rates))
+        for row in rows
+        if row["bytes"] in few
     ]  # fmt: skip
-    rates = () if alone else ("algorithm GB/s", "bus GB/s")
-    head = ("operation:", "path:", "bytes", "ranks", "µs (p10–p90)", *rates)
-    parts.append(table(head, lines))
-    if len(lines) < len(record.rows):
-        parts.append(f"_{len(record.rows) - len(lines)} other rows are in the JSON._")
-    if not alone and (batches := lookup(record, "batches")):
-        svg = plots.layer_shares(batches, record.summary["weights_us"])
-        parts.append(sources.plot("comm-layer", svg, "A layer: weights and all-reduces, by batch"))
-        steps = [
-            (b["batch"], b["path"], number(b["layer_us"]), number(b["token_us"]), percent(b["share"])) for b in batches
-        ]
-        what = f"{record.summary['model']}, {record.summary['layers']} layers, two all-reduces each:"
-        parts.append(f"{what}\n\n" + table(("batch", "path:", "µs a layer", "µs a token", "share of a layer"), steps))
-    return section(title, *parts, skipped(record))
+    more = f"\n\n_{len(rows) - len(lines)} other rows are in the JSON._" if len(lines) < len(rows) else ""
+    head = ("operation:", "path:", "bytes", "ranks", "µs (p10–p90)", *rates.values())
+    return table(head, lines) + more
+
+
+def _layers(record: Record, sources: Sources) -> str:
+    """What the all-reduces add to the layers of a model, by batch."""
+    batches = lookup(record, "batches")
+    if not batches:
+        return ""
+    svg = plots.layer_shares(batches, record.summary["weights_us"])
+    plot = sources.plot("comm-layer", svg, "A layer: weights and all-reduces, by batch")
+    steps = [
+        (b["batch"], b["path"], number(b["layer_us"]), number(b["token_us"]), percent(b["share"])) for b in batches
+    ]
+    what = f"{record.summary['model']}, {record.summary['layers']} layers, two all-reduces each:"
+    shown = table(("batch", "path:", "µs a layer", "µs a token", "share of a layer"), steps)
+    return f"{plot}\n\n{what}\n\n{shown}"
 
 
 def _tp_timeline(sources: Sources) -> str:
