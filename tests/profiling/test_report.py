@@ -73,7 +73,10 @@ def full_run(folder: Path) -> Path:
         "dominant_stall": "long_scoreboard",
     }
     rules = [{"when": "under 50% of peak", "advice": "check coalescing", "kernels": ["index_v2", "store_v2"]}]
-    more = [{"of": "decode", "kernel": "_decode", "us": 12.5}, {"of": "rmsnorm", "kernel": "rmsnorm", "us": 2.5}]
+    more = [
+        {"of": "attention-decode", "kernel": "_decode", "us": 12.5},
+        {"of": "rmsnorm", "kernel": "rmsnorm", "us": 2.5},
+    ]
     make("ncu", [seen, *more], {"rules": rules}).write(folder)
     reduced = [{"op": "all_reduce", "start_us": 100.0 * i, "us": 40.0, "bytes": 4096} for i in range(1, 5)]
     shares = {"step_us": 640.0, "comm_us": 160.0, "share": 0.25, "calls": 4, "layers": 2, "world": 2, "device": "cpu"}

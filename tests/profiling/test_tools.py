@@ -169,7 +169,8 @@ def test_ncu_counts_only_what_is_asked_for(
     tmp_path: Path, counting: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["profile", "ncu", "--kernels", "index", "--out", str(tmp_path)]) == 0
-    assert len(counting) == 1
+    assert main(["profile", "ncu", "--kernels", "attention", "--out", str(tmp_path)]) == 0
+    assert [line.split()[-1] for line in counting] == ["index", "attention-decode", "attention-prefill"]
     assert main(["profile", "ncu", "--kernels", "gather", "--out", str(tmp_path)]) == 1
     assert "index, store, qkv_post" in capsys.readouterr().err
     assert main(["profile", "ncu", "--kernels", "rmsnorm", "--out", str(tmp_path)]) == 1

@@ -28,14 +28,14 @@ PRODUCT_ROWS = 8
 PRODUCTS = "skinny_gemm"
 COUNTED = {  # names, in the order of what a report misses most, and what their kernels' names match
     "index": "^index", "store": "^store", "qkv_post": "^qkv_post", PRODUCTS: "^skinny_gemm", "rmsnorm": "^rmsnorm",
-    "decode": "^_", "prefill": "^_",
+    "attention-decode": "^_", "attention-prefill": "^_",
 }  # fmt: skip
 
 
 def calls(name: str) -> Iterator[Callable[[], object]]:
     """What is launched for a name of `COUNTED`: a case a size class."""
-    if name in ("decode", "prefill"):
-        works = decodes(MODEL, DECODES) if name == "decode" else prefills(MODEL, PREFILLS)
+    if name.startswith("attention"):
+        works = decodes(MODEL, DECODES) if name.endswith("decode") else prefills(MODEL, PREFILLS)
         yield from map(_attention, works)
     elif name == PRODUCTS:
         for _, shape in products(MODEL, PRODUCT_ROWS):

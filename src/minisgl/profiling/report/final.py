@@ -166,8 +166,8 @@ def _communication(sources: Sources) -> str:
     if alone:
         rows, place = [row for row in rows if not _does_nothing(row)], f"{place}, one rank"
         parts.append(
-            "**One rank**: nothing crosses a link. The times are what our kernels and the copies into buffers cost; with "
-            "one rank's data NCCL does nothing in place, so its all-gather, `direct` and `registered` are left out."
+            "**One rank**: nothing crosses a link. The times are what our kernels and the copies into buffers cost. In "
+            "place NCCL does nothing for one rank: its all-gather, `direct` and `registered` are left out."
         )
     for op in dict.fromkeys(row["op"] for row in rows):
         plot = plots.path_crossover(op, rows, place)

@@ -240,8 +240,13 @@ def _ncu(name: str, sources: Sources) -> str:
 
 def _counted(name: str, record: Record | None) -> list[dict[str, Any]]:
     """ncu's rows of a kernel: it was asked for by this name, or its own name has it."""
-    names = ("decode", "prefill") if name == "attention" else (name,)
-    return [r for r in _rows(record) if (r["of"] in names if "of" in r else name in str(r.get("kernel", "")))]
+
+    def fits(row: Mapping[str, Any]) -> bool:
+        if "of" not in row:
+            return name in str(row.get("kernel", ""))
+        return bool(row["of"] == name or row["of"].startswith(f"{name}-"))  # a phase of it
+
+    return [row for row in _rows(record) if fits(row)]
 
 
 def _fact(value: object) -> str:
