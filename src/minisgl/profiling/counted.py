@@ -15,9 +15,8 @@ import torch
 from minisgl.attention import make_attention
 from minisgl.kernels.skinny_gemm.cases import SPEC
 from minisgl.kernels.skinny_gemm.op import skinny_gemm, tuned
-from minisgl.kernels.spec import Shape
+from minisgl.kernels.spec import Shape, registry
 from minisgl.profiling.attention import Workload, decodes, layer_calls, prefills
-from minisgl.profiling.catalogue import catalogue
 from minisgl.profiling.products import products
 
 MODEL = "qwen3-0.6b"
@@ -41,13 +40,13 @@ def calls(name: str) -> Iterator[Callable[[], object]]:
         for _, shape in products(MODEL, PRODUCT_ROWS):
             yield from _product(shape)
     else:
-        (shape, *_) = catalogue()[name].bench
+        (shape, *_) = registry()[name].bench
         for tokens in SIZES:
             yield _kernel(name, {**shape, "tokens": tokens})
 
 
 def _kernel(name: str, shape: Shape) -> Callable[[], object]:
-    spec = catalogue()[name]
+    spec = registry()[name]
     args = spec.inputs(shape, torch.bfloat16, torch.device("cuda"), torch.Generator("cuda").manual_seed(0), 1)[0]
     return lambda: spec.run(*args)
 
