@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -220,6 +220,30 @@ def test_triton_equals_reference_with_the_longest_first(monkeypatch: pytest.Monk
     assert batch.plan.order.tolist() == [2, 4, 3, 0, 1]
     q = make_queries(g, 5, 0)
     assert error(batch.attention.forward(q, 0, batch, 0.3, None), reference(q, batch, 0.3, None)) < TOLERANCE[g.dtype]
+
+
+@pytest.mark.parametrize("window", [None, 60])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_triton_equals_reference_with_order_splits_and_table_rows_together(
+    fp8: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A padding row among them, which is the shortest and comes last."""
+    g = replace(SMALL[1], fp8=fp8, dtype=torch.float16 if fp8 else SMALL[1].dtype)
+    batch = make_batch(g, [40, 2, 130, 70, 71, 1], [1] * 5 + [1], 0, TritonPaged())
+    q = make_queries(g, 6, 0)
+    expected = reference(q, batch, 0.3, window)[[0, 1, 2, 3, 4]]
+    rows = torch.tensor([3, 5, 0, 1, 4, 2], dtype=torch.int32, device=g.device)
+    batch.page_table = batch.page_table[torch.argsort(rows)]
+    batch.table_rows, batch.num_decodes, batch.seq_lens[5] = rows, 6, 0
+    sms = mock.Mock(multi_processor_count=2, major=8)
+    monkeypatch.setattr(triton_paged, "SMS_UNKNOWN", 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: sms)
+    monkeypatch.setattr("minisgl.attention.triton_decode.LONG", 64)
+    batch.attention.prepare(batch)
+    assert batch.plan.order.tolist() == [2, 4, 3, 0, 1, 5] and batch.plan.splits.most > 1
+    got = batch.attention.forward(q, 0, batch, 0.3, window)
+    assert error(got[:5], expected) < TOLERANCE[g.dtype]
+    assert not got[5].any()
 
 
 @pytest.mark.parametrize("programs", [1, 8, 64, 256, 1024, 8192])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from minisgl.distributed.probe import replay_us as time_us
 from minisgl.hardware import detect
 from minisgl.kernels.spec import KernelSpec, Shape
 from minisgl.timing import collector_off
@@ -23,25 +24,16 @@ def _graph(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _time_us(graph: torch.cuda.CUDAGraph) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) * 1e3
-
-
 def replayer(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
     """Captures all `calls` in a row, over again if need be; what it returns replays them: microseconds a call."""
     calls[0]()  # compiles and allocates what a capture must not
     graph = _graph(calls)
-    _time_us(graph)
-    wanted = int(LONG_ENOUGH_US / _time_us(graph)) + 1
+    time_us(graph)
+    wanted = int(LONG_ENOUGH_US / time_us(graph)) + 1
     repeats = max(min(wanted, MOST_CALLS // len(calls)), 1)
     if repeats > 1:
         graph = _graph([*calls] * repeats)
-    return lambda: _time_us(graph) / (len(calls) * repeats)
+    return lambda: time_us(graph) / (len(calls) * repeats)
 
 
 def replay_us(calls: Sequence[Callable[[], object]], samples: int = 15) -> list[float]:
