@@ -66,6 +66,7 @@ class Uncaptured(DecodeGraphs):
     def _capture(self, step: DecodeStep, memory: Any) -> Any:
         from minisgl.engine.graphs import Captured
 
+        self.mail.reset(step.size)
         logits = step.run()
         plain: Any = Replayed(lambda: logits.copy_(step.run()))
         filtered: Any = Replayed(partial(step.sample, logits, True))
