@@ -181,6 +181,24 @@ def test_rows_of_a_cache_say_nothing_of_memory(tmp_path: Path) -> None:
     assert "(95% of HBM at tokens 16384, width 4096)" in text and "205% of HBM (cached)" in text
 
 
+def test_versions_stand_beside_the_best_of_their_sweep(tmp_path: Path) -> None:
+    (index, *_) = kernel_records()
+    first = best_rows(index.rows)[0] | {"version": "v2", "config": None, "dtype": "float16"}
+    rows = []
+    for tokens in (1, 64):
+        row = first | {"case": {"tokens": tokens, "width": 4096}, "us": {"median": 8.5}}
+        rows += [row, row | {"version": "v1", "us": {"median": 8.0}}]
+        configs = ({"threads": 64, "work": 1, "pdl": True}, {"threads": 128, "work": 4, "pdl": True})
+        rows += [row | {"config": c, "us": {"median": us}} for c, us in zip(configs, (9.0, 7.25), strict=True)]
+        rows.append(row | {"case": {"tokens": tokens, "width": 4096, "distinct": 64}, "us": {"median": 1.5}})
+        rows.append(row | {"config": configs[0], "dtype": "bfloat16", "us": {"median": 1.25}})
+    replace(index, rows=rows).write(tmp_path)
+    write_reports([tmp_path], tmp_path / "report")
+    text = (tmp_path / "report" / "analysis.md").read_text().partition("**Versions**")[2].partition("![")[0]
+    assert "| v2 | 8.5 | 8.5 |" in text and "| v1 | 8 | 8 |" in text
+    assert "| v2, best of the sweep | 7.25 | 7.25 |" in text and "1.25" not in text
+
+
 def test_scatter_tells_what_was_measured(tmp_path: Path) -> None:
     (_, store, _) = kernel_records()
     costs = [{"version": "v2", "tokens": 64, "width": 1024, "percent": {"random": 1.4, "paged": 2.6}},

@@ -180,19 +180,31 @@ def _versions(name: str, rows: Sequence[dict[str, Any]], sources: Sources) -> st
     along = next((n for n in ALONG if len({row["case"].get(n) for row in group}) > 1), None)
     fixed = {n: _most_common(group, n) for n in ALONG if n != along and any(n in row["case"] for row in group)}
     group = [row for row in group if all(row["case"].get(n) == value for n, value in fixed.items())]
+    if along is None:
+        return ""
+    series = _fastest(group, along)
+    if len(series) < 2:
+        return ""
+    setting = fixed | _setting(group[0])
+    swept = _fastest([r for r in plain if r.get("config") and r not in tuned and fixed | _setting(r) == setting], along)
+    told = {**series, **{f"{version}, best of the sweep": times for version, times in swept.items()}}
+    sizes = sorted({n for times in series.values() for n in times})
+    lines = [(version, *(number(times.get(n)) for n in sizes)) for version, times in told.items()]
+    shown = sources.plot(f"versions-{name}", plots.version_times(name, series, along), f"{name}: time by version")
+    how = "Each runs as the tuning table had it then; the best of the sweep is that of all threads and work measured."
+    text = f"**Versions**, µs at {along}; {case_text(setting)}:\n\n{table(('version:', *map(str, sizes)), lines)}"
+    return "\n\n".join(filter(None, (text, how if swept else "", shown)))
+
+
+def _fastest(rows: Sequence[Mapping[str, Any]], along: str) -> dict[str, dict[int, float]]:
+    """By version, microseconds by size."""
     series: dict[str, dict[int, float]] = {}
-    for row in group:
+    for row in rows:
         us = median_us(row)
-        if us and along:
+        if us:
             times = series.setdefault(row["version"], {})
             times[row["case"][along]] = min(us, times.get(row["case"][along], us))
-    if along is None or len(series) < 2:
-        return ""
-    sizes = sorted({n for times in series.values() for n in times})
-    lines = [(version, *(number(times.get(n)) for n in sizes)) for version, times in series.items()]
-    setting = case_text(fixed | _setting(group[0]))
-    shown = sources.plot(f"versions-{name}", plots.version_times(name, series, along), f"{name}: time by version")
-    return f"**Versions**, µs at {along}; {setting}:\n\n{table(('version:', *map(str, sizes)), lines)}\n\n{shown}"
+    return series
 
 
 def _most_common(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
