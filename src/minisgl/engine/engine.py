@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minisgl.attention import AttentionBackend, make_attention
@@ -133,7 +134,9 @@ class Engine:
         Raises:
             RequestError: it can't be served; nothing was queued.
         """
-        check_ids(prompt, self.vocab_size, "prompt")
+        # as unsigned numbers, negative ones are too large as well; Python's min and max take ten times as long
+        if prompt and np.frombuffer(prompt, np.uint32).max() >= self.vocab_size:
+            check_ids(prompt, self.vocab_size, "prompt")
         check_ids(params.logit_bias, self.vocab_size, "logit_bias")
         check_ids(params.stop_token_ids, self.vocab_size, "stop_token_ids")
         request = Request(request_id, array("i", prompt), params, priority)
