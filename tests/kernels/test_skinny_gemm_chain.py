@@ -33,10 +33,10 @@ class Chain:
             self.run()
 
     def run(self) -> None:
-        for (qkv, o, gate_up, down), (later, *_) in zip(self.weights, self.weights[1:] + self.weights[:1], strict=True):
-            skinny_gemm(self.stream, qkv, self.qkv, self.gain, 1e-6, ahead=gate_up, config=self.config)
-            skinny_gemm(self.qkv, o, self.stream, add=True, ahead=down, config=self.config)
-            skinny_gemm(self.stream, gate_up, self.inner, self.gain, 1e-6, gated=True, ahead=later, config=self.config)
+        for qkv, o, gate_up, down in self.weights:
+            skinny_gemm(self.stream, qkv, self.qkv, self.gain, 1e-6, config=self.config)
+            skinny_gemm(self.qkv, o, self.stream, add=True, config=self.config)
+            skinny_gemm(self.stream, gate_up, self.inner, self.gain, 1e-6, gated=True, config=self.config)
             skinny_gemm(self.inner, down, self.stream, add=True, config=self.config)
 
     def __call__(self, x: Tensor) -> Tensor:

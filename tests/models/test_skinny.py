@@ -30,7 +30,6 @@ class Products:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ours: set[str] = {NORM, SILU, ADD, HEAD}
         self.calls: list[tuple[str, int]] = []  # product and rows
-        self.weights: list[tuple[Tensor, Tensor | None]] = []  # of a call, and fetched ahead
         self.checks = op.skinny_gemm
         monkeypatch.setattr(op, "tuned", self.tuned)
         monkeypatch.setattr(op, "skinny_gemm", self.run)
@@ -40,10 +39,9 @@ class Products:
         return Config(128, 1) if x.shape[0] <= op.MAX_ROWS and "".join(kind) in self.ours else None
 
     def run(self, x: Tensor, weight: Tensor, out: Tensor, norm: Any, *options: Any, config: Config) -> None:
-        eps, gated, add, ahead = options
+        eps, gated, add = options
         kind = op.product_name(*weight.shape, norm is not None, gated, add).split(" ", 2)[2:]
         self.calls.append(("".join(kind), x.shape[0]))
-        self.weights.append((weight, ahead))
         with pytest.raises(KernelError, match="expected a CUDA device"):  # the last of its checks
             self.checks(x, weight, out, norm, *options, config=config)
         reference(x, weight, out, norm, eps, gated, add)
@@ -94,15 +92,6 @@ def test_decode_step_of_a_layer_is_four_products(checkpoint: Checkpoint, product
     model = _skinny(folder)
     Loop(model).logits(_ids(oracle, 1))
     assert products.calls == [(NORM, 1), (ADD, 1), (SILU, 1), (ADD, 1)] * len(model.layers) + [(HEAD, 1)]
-
-
-def test_weights_fetched_ahead_are_of_the_next_product_but_one(checkpoint: Checkpoint, products: Products) -> None:
-    folder, oracle = checkpoint("qwen3")
-    model = _skinny(folder)
-    switch([m for m in model.layers if isinstance(m, DecoderLayer)], True, fetch_ahead=True)
-    Loop(model).logits(_ids(oracle, 1))
-    used, ahead = ([None if w is None else w.data_ptr() for w in ws] for ws in zip(*products.weights, strict=True))
-    assert ahead == [*used[2:], None, None]
 
 
 def test_layers_with_experts_take_the_stream_over(checkpoint: Checkpoint, products: Products) -> None:

@@ -105,7 +105,7 @@ def test_products_past_their_modules_have_spans(tiny_model: Path, monkeypatch: p
     engine = make_engine(tiny_model, 2, 16, attention="torch_sdpa")
     engine.model.stack = None
 
-    def product(x, weight, norm=None, gated=False, add_to=None, ahead=None):  # type: ignore[no-untyped-def]
+    def product(x, weight, norm=None, gated=False, add_to=None):  # type: ignore[no-untyped-def]
         y = F.linear(x if norm is None else norm(x)[0], weight)
         y = MLP.activate(engine.model.layers[0].mlp, y) if gated else y  # type: ignore[arg-type]
         return y if add_to is None else add_to.add_(y)

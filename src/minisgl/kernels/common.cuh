@@ -70,13 +70,6 @@ __device__ inline V load(const V* p) {
 // theirs meets the line in L2, where every multiprocessor sees it.
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// The same for `bytes` at once, both multiples of 16, where the GPU can; for constants that a later kernel reads.
-__device__ inline void prefetch(const void* p, int bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
-#endif
-}
-
 // N values of T that move as one vector.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {

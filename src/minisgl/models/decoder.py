@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from minisgl.attention.base import ForwardBatch
-from minisgl.models.build import Build, Weight
+from minisgl.models.build import Build
 from minisgl.models.config import ModelConfig, Values
 from minisgl.models.layers import MLP, Attention, ColumnLinear, RMSNorm, RowLinear, VocabTable, skinny_product
 from minisgl.models.rotary import Rotary, Rotation
@@ -34,8 +34,6 @@ class DecoderLayer(nn.Module):
         biased = c.qkv_bias or c.o_bias or c.mlp_bias
         dense = isinstance(attention, Attention) and isinstance(mlp, MLP)
         self.skinny = build.fused and dense and not biased and build.tp.size == 1
-        self.fetch_ahead = False
-        self.after: tuple[Weight | None, Weight | None] = (None, None)  # the first products behind this layer
 
     def forward(
         self,
@@ -58,20 +56,16 @@ class DecoderLayer(nn.Module):
     def _forward_skinny(
         self, x: Tensor, residual: Tensor | None, rotation: Rotation | Tensor, batch: ForwardBatch, rows: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """A product may have the L2 cache fetch the weight of the next but one: memory would idle during attention."""
         attention, mlp = self.self_attn, self.mlp
         assert isinstance(attention, Attention) and isinstance(mlp, MLP)
-        gate_up, down, qkv_next, o_next = (
-            (mlp.gate_up_proj.weight, mlp.down_proj.weight, *self.after) if self.fetch_ahead else (None,) * 4
-        )
-        qkv, stream = _behind_norm(self.input_layernorm, attention.qkv_proj, x, residual, None, gate_up)
+        qkv, stream = _behind_norm(self.input_layernorm, attention.qkv_proj, x, residual, None)
         x = attention.attend(qkv, rotation, batch)
         if rows is not None:
             x, stream = x.index_select(0, rows), stream.index_select(0, rows)
-        x, residual = _onto(stream, attention.o_proj, x, down)
+        x, residual = _onto(stream, attention.o_proj, x)
         norm = self.post_attention_layernorm
-        inner, stream = _behind_norm(norm, mlp.gate_up_proj, x, residual, mlp.activate, qkv_next)
-        return _onto(stream, mlp.down_proj, inner, o_next)
+        inner, stream = _behind_norm(norm, mlp.gate_up_proj, x, residual, mlp.activate)
+        return _onto(stream, mlp.down_proj, inner)
 
 
 def _behind_norm(
@@ -80,11 +74,10 @@ def _behind_norm(
     x: Tensor,
     residual: Tensor | None,
     activate: Callable[[Tensor], Tensor] | None,
-    ahead: Weight | None,
 ) -> tuple[Tensor, Tensor]:
     """The product of the normed sum, activated, and the sum. Ours can't add to it: that would be one more launch."""
     if residual is None:
-        y = skinny_product(x, product.weight, norm, activate is not None, ahead=ahead)
+        y = skinny_product(x, product.weight, norm, activate is not None)
         if y is not None:
             return y, x
     x, residual = norm(x, residual)
@@ -92,9 +85,9 @@ def _behind_norm(
     return (y if activate is None else activate(y)), residual
 
 
-def _onto(stream: Tensor, product: RowLinear, x: Tensor, ahead: Weight | None) -> tuple[Tensor, Tensor | None]:
+def _onto(stream: Tensor, product: RowLinear, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The product, and the sum that it is still to be added to; or the sum with it."""
-    y = skinny_product(x, product.weight, add_to=stream, ahead=ahead)
+    y = skinny_product(x, product.weight, add_to=stream)
     return (product(x), stream) if y is None else (y, None)
 
 
@@ -139,9 +132,6 @@ class CausalLM(nn.Module):
         )
         self.norm = RMSNorm(build, config.hidden_size)
         self.lm_head = self.embed_tokens if config.tie_embeddings else VocabTable(build)
-        behind = [(a.qkv_proj.weight, a.o_proj.weight) for a in (layer.self_attn for layer in list(self.layers)[1:])]  # type: ignore[union-attr]
-        for layer, after in zip(self.layers, [*behind, (self.lm_head.weight, None)], strict=True):
-            layer.after = after  # type: ignore[assignment]
         self.rotary = Rotary(config, build.device, build.fused)
         self.stack: PackedStack | None = None  # runs the layers in our place, where it is there
         self.eval()

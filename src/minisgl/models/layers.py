@@ -80,12 +80,10 @@ def skinny_product(
     norm: RMSNorm | None = None,
     gated: bool = False,
     add_to: Tensor | None = None,
-    ahead: Weight | None = None,
 ) -> Tensor | None:
     """norm(x) · weightᵀ for few rows of x, by our kernel where it is known to beat cuBLAS; else None, nothing done.
 
     gated: gate rows, then up rows; silu(gate) · up comes back. add_to: the product is added to it, and it comes back.
-    ahead: the weight of a later product, which the L2 cache fetches meanwhile.
     """
     from minisgl.kernels.skinny_gemm.op import skinny_gemm, tuned
 
@@ -95,8 +93,7 @@ def skinny_product(
         return None
     out = x.new_empty(x.shape[0], weight.shape[0] // (1 + gated)) if add_to is None else add_to
     gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    assert not isinstance(ahead, PackedMatrix)
-    skinny_gemm(x, weight, out, gain, eps, gated, add_to is not None, ahead, config=config)
+    skinny_gemm(x, weight, out, gain, eps, gated, add_to is not None, config=config)
     return out
 
 

@@ -65,15 +65,14 @@ class Chain:
         self.heads = self.stream.new_empty(batch, self.shapes["o"]["k"])
         self.inner = self.stream.new_empty(batch, self.shapes["down"]["k"])
 
-    def ours(self, choice: Choice, ahead: bool) -> None:
-        for layer, later in zip(self.layers, self.layers[1:] + self.layers[:1], strict=True):
-            a, b, c, d = (layer.gate_up, layer.down, later.qkv, later.o) if ahead else (None,) * 4
-            skinny_gemm(self.stream, layer.qkv, self.qkv, self.gain, EPS, ahead=a, config=choice["qkv"])
+    def ours(self, choice: Choice) -> None:
+        for layer in self.layers:
+            skinny_gemm(self.stream, layer.qkv, self.qkv, self.gain, EPS, config=choice["qkv"])
             self.heads.copy_(self.qkv[:, : self.heads.shape[1]])
-            skinny_gemm(self.heads, layer.o, self.stream, add=True, ahead=b, config=choice["o"])
+            skinny_gemm(self.heads, layer.o, self.stream, add=True, config=choice["o"])
             gate_up = choice["gate_up"]
-            skinny_gemm(self.stream, layer.gate_up, self.inner, self.gain, EPS, gated=True, ahead=c, config=gate_up)
-            skinny_gemm(self.inner, layer.down, self.stream, add=True, ahead=d, config=choice["down"])
+            skinny_gemm(self.stream, layer.gate_up, self.inner, self.gain, EPS, gated=True, config=gate_up)
+            skinny_gemm(self.inner, layer.down, self.stream, add=True, config=choice["down"])
 
     def cublas(self) -> None:
         x = self.stream
@@ -101,12 +100,11 @@ class Chain:
 
 
 def bench_chain(model: str, batch: int) -> Iterator[tuple[str, float]]:
-    """What, and microseconds a layer: cuBLAS; the table; the same fetching ahead; the table but for one product."""
+    """What, and microseconds a layer: cuBLAS; the table; the table but for one product."""
     chain = Chain(model, batch)
     tuned = chain.tuned()
     yield "cublas", chain.us(chain.cublas)
-    for ahead in (False, True):
-        yield "ahead" if ahead else "table", chain.us(lambda on=ahead: chain.ours(tuned, on))  # type: ignore[misc]
+    yield "table", chain.us(lambda: chain.ours(tuned))
     for name, shape in chain.shapes.items():
         seen = {tiling(shape, tuned[name])}
         for config in SPEC.configs:
@@ -114,4 +112,4 @@ def bench_chain(model: str, batch: int) -> Iterator[tuple[str, float]]:
                 seen.add(tiles)
                 choice = tuned | {name: config}
                 what = f"{name} [{config.threads}, {config.work}]"
-                yield what, chain.us(lambda c=choice: chain.ours(c, False))  # type: ignore[misc]
+                yield what, chain.us(lambda c=choice: chain.ours(c))  # type: ignore[misc]

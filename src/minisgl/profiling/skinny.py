@@ -12,12 +12,7 @@ def skinny_parts(model: CausalLM) -> list[DecoderLayer | VocabTable]:
     return [part for part in parts if isinstance(part, DecoderLayer | VocabTable) and part.skinny]
 
 
-def switch(parts: list[DecoderLayer | VocabTable], on: bool, fetch_ahead: bool = False) -> None:
-    """Lets them, or leaves all products to cuBLAS; `fetch_ahead`: with weights fetched into the L2 cache.
-
-    Steps that are captured already stay as they are.
-    """
+def switch(parts: list[DecoderLayer | VocabTable], on: bool) -> None:
+    """Lets them, or leaves all products to cuBLAS. Steps that are captured already stay as they are."""
     for part in parts:
         part.skinny = on
-        if isinstance(part, DecoderLayer):
-            part.fetch_ahead = fetch_ahead

@@ -1,5 +1,5 @@
 // skinny_gemm on the host, against sums in double: prints ‖out − expected‖ / ‖expected‖. ROWS: of x; BLOCKS: of the
-// grid; MORE: arguments.
+// grid.
 #include KERNEL
 
 #include <cstdio>
@@ -24,7 +24,7 @@ int main() {
     };
     fill(x, ROWS * kXStride, 2), fill(w, COLUMNS * WIDTH, 1 / std::sqrt(float(WIDTH))), fill(gain, WIDTH, 1);
     std::vector<T> out = random(ROWS * kOutStride, 1), before = out;
-    launch(BLOCKS, WARPS * 32, [&] { skinny_gemm(x, kXStride, w, gain, 1e-5, out.data(), kOutStride, ROWS MORE); });
+    launch(BLOCKS, WARPS * 32, [&] { skinny_gemm(x, kXStride, w, gain, 1e-5, out.data(), kOutStride, ROWS); });
     double difference = 0, size = 0;
     for (int row = 0; row < ROWS; ++row) {
         double squares = 0;

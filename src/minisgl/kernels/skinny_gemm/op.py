@@ -14,7 +14,6 @@ from minisgl.kernels.tuning import Config, choose_product
 from minisgl.types import KernelError
 
 MAX_ROWS = 64
-CHUNK, AHEAD_BYTES = 8192, 16 << 20  # of a later product's weights: that one instruction fetches, and in all
 MMA = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -37,7 +36,7 @@ def product_name(n: int, k: int, norm: bool, gated: bool, add: bool) -> str:
 
 def skinny_gemm(
     x: Tensor, weight: Tensor, out: Tensor, norm: Tensor | None = None, eps: float = 0.0, gated: bool = False,
-    add: bool = False, ahead: Tensor | None = None, *, version: str | None = None, config: Config | None = None,
+    add: bool = False, *, version: str | None = None, config: Config | None = None,
 ) -> None:  # fmt: skip
     """out = norm(x) · weightᵀ, or silu(gate) · up of it, or added to what `out` holds. Sums are float32.
 
@@ -49,12 +48,11 @@ def skinny_gemm(
         norm: [K], x's dtype: gain of an RMS norm of x's rows, with `eps`; None: x as it is.
         gated: weight holds gate rows, then up rows; out = silu(gate) · up.
         add: the product is added to `out`, the residual stream.
-        ahead: a weight that a later product reads, contiguous: its first 16 MiB are fetched into the L2 cache.
 
     Raises:
         KernelError: an argument of the wrong shape, dtype, layout or device; it names the argument.
     """
-    _plan((x, weight, out, norm), gated, add, version, config)(x, weight, out, norm, eps, gated, add, ahead)
+    _plan((x, weight, out, norm), gated, add, version, config)(x, weight, out, norm, eps, gated, add)
 
 
 @by_layout
@@ -95,7 +93,7 @@ def tiling(shape: Shape, config: Config) -> tuple[int, int, int]:
 
 
 def build_for(dtype: torch.dtype, shape: Shape, warps: int, eights: int, depth: int, apart: int = 1) -> Build:
-    sizes = {"BATCH": -(-shape["tokens"] // 8) * 8, "COLUMNS": shape["n"], "WIDTH": shape["k"], "CHUNK": CHUNK}
+    sizes = {"BATCH": -(-shape["tokens"] // 8) * 8, "COLUMNS": shape["n"], "WIDTH": shape["k"]}
     fused = {"NORM": shape["norm"], "GATED": shape["gated"], "ADD": shape["add"], "RESIDENT": max(1, 16 // warps)}
     types = {"DTYPE": CTYPES[dtype], "MMA_TYPE": f'"{MMA[dtype]}"'}
     loops = {"WARPS": warps, "EIGHTS": eights, "DEPTH": depth, "APART": apart}
@@ -109,11 +107,9 @@ def prepare_v3(device: int, dtype: torch.dtype, shape: Shape, config: Config, ap
     blocks = -(-pieces // -(-pieces // resident))  # as few rounds as it takes, all alike
     start = prepare(build_for(dtype, shape, warps, eights, depth, apart), device, blocks, warps * 32, config.pdl)
 
-    def run(x: Tensor, weight: Tensor, out: Tensor, norm: Any, eps: float, _: bool, __: bool, ahead: Any) -> None:
+    def run(x: Tensor, weight: Tensor, out: Tensor, norm: Any, eps: float, _: bool, __: bool) -> None:
         gain = 0 if norm is None else norm.data_ptr()
-        later = (0, 0) if ahead is None else (ahead.data_ptr(), min(ahead.nbytes, AHEAD_BYTES) // CHUNK * CHUNK)
-        ours = x.data_ptr(), x.stride(0), weight.data_ptr(), gain, eps, out.data_ptr(), out.stride(0), x.shape[0]
-        start(*ours, *later)
+        start(x.data_ptr(), x.stride(0), weight.data_ptr(), gain, eps, out.data_ptr(), out.stride(0), x.shape[0])
 
     return run
 

@@ -2,7 +2,6 @@
 //   NORM: x is RMS-normed first: its gain multiplies x, the factor 1 / rms, one for each row, the result.
 //   GATED: W holds gate rows, then as many up rows: out = silu(gate) · up.
 //   ADD: out += x · Wᵀ, the residual stream.
-//   `ahead`: weights of a later product, fetched into L2 meanwhile.
 //
 // Idea: the product is bound by the bytes of W, so each is read once, 16 at a time, straight into the registers that
 // the tensor cores take it from, and the multiplications cost nothing at any batch. A block walks over the matrix,
@@ -44,8 +43,8 @@ __device__ inline void load_rows(Eight (&rows)[EIGHTS], const T* w, int column) 
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS* kWarp, RESIDENT)
-    skinny_gemm(const T* x, int64 x_stride, const T* w, const T* norm, double eps, T* out, int64 out_stride, int64 rows,
-                const char* ahead, int64 ahead_bytes) {
+    skinny_gemm(const T* x, int64 x_stride, const T* w, const T* norm, double eps, T* out, int64 out_stride,
+                int64 rows) {
     __shared__ float total[WARPS][kBatchTiles * 8][kRows + 1];
     __shared__ float rms[WARPS][kBatchTiles * 8];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = lane / 4, quad = lane % 4;
@@ -55,8 +54,6 @@ extern "C" __global__ void __launch_bounds__(WARPS* kWarp, RESIDENT)
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
         if (begin + d * slot < kSteps) load_rows(next[d], mine, (begin + d * slot) * kStep);
-    const int64 chunk = (static_cast<int64>(threadIdx.x) * gridDim.x + blockIdx.x) * CHUNK;
-    if (chunk < ahead_bytes) prefetch(ahead + chunk, CHUNK);
     pdl::trigger();
     pdl::wait();
     for (int place = blockIdx.x * kOut; place < kOutputs; place += gridDim.x * kOut) {

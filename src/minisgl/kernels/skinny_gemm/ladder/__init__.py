@@ -49,7 +49,7 @@ def _v2(device: int, dtype: torch.dtype, shape: Shape, config: Config) -> Run:
     build = build_v2(dtype, shape, warps, tiles, depth)
     start = prepare(build, device, shape["n"] // 16 // tiles, warps * 32, config.pdl)
 
-    def run(x: Tensor, weight: Tensor, out: Tensor, norm: Any, eps: float, _: bool, __: bool, ahead: Any) -> None:
+    def run(x: Tensor, weight: Tensor, out: Tensor, norm: Any, eps: float, _: bool, __: bool) -> None:
         gain = 0 if norm is None else norm.data_ptr()
         start(x.data_ptr(), x.stride(0), weight.data_ptr(), gain, eps, out.data_ptr(), out.stride(0), x.shape[0])
 

@@ -56,7 +56,6 @@ def run(
     eps: float,
     gated: bool,
     add: bool,
-    ahead: Tensor | None = None,
     columns: int = 16,
 ) -> None:
     """As `skinny_gemm`; `columns` of the output a program."""
