@@ -141,7 +141,8 @@ GRAPH = ("step", "decode 2", "forward")
 
 
 def graph_step(start: float) -> list[Span]:
-    names = ("gather", "gemm", "paged", "gemm", "argmax", "Memcpy DtoH (Device -> Pinned)")
+    """Its tokens leave by a kernel, not by a copy."""
+    names = ("gather", "gemm", "paged", "gemm", "argmax", "mail")
     return [kernel(name, start + 2 * i, 1.5, *GRAPH) for i, name in enumerate(names)]
 
 
@@ -151,7 +152,7 @@ def test_graph_kernels_get_the_operators_of_the_plain_step() -> None:
     assert host in named
     operators = [(operator(s), s.name.split()[0]) for s in named if s.process == "gpu"]
     step = [("step inputs", "gather"), ("qkv", "gemm"), ("attention", "paged"), ("o", "gemm"), ("sample", "argmax")]
-    assert operators == [*step, ("sample", "Memcpy")] * 2
+    assert operators == [*step, ("step inputs", "mail")] * 2
 
 
 def test_reference_is_the_whole_step_where_one_was_cut() -> None:

@@ -10,6 +10,7 @@ import random
 import statistics
 import time
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -26,7 +27,7 @@ from minisgl.timing import span
 from minisgl.types import ConfigError, SamplingParams
 
 WARM_UP = 4  # decode steps before any is measured
-FETCH = "Memcpy DtoH"  # begins the name of what ends a step on the GPU: its tokens go to the host
+FETCH = "Memcpy DtoH"  # begins the name of what ends a step without graphs: its tokens go to the host
 _INPUTS = ("step", "decode", "prepare", "forward")  # kernels in these, and in no operator, make the step's inputs
 
 
@@ -153,25 +154,43 @@ def name_graph_kernels(spans: Sequence[Span], reference: Sequence[Span]) -> list
     Args:
         reference: of one step or more without graphs.
     """
-    known = max(_by_step(reference), key=len, default=[])
+    known = max(_until_fetch(_kernels(reference)), key=len, default=[])
     found = [s for s in spans if s.process != "gpu"]
-    for step in _by_step(spans):
+    for step, like in _beside(_kernels(spans), known):
         paths = {i: s.path for i, s in enumerate(step)}
-        matcher = SequenceMatcher(None, [s.name for s in known], [s.name for s in step], autojunk=False)
+        matcher = SequenceMatcher(None, [s.name for s in like], [s.name for s in step], autojunk=False)
         for theirs, ours, size in matcher.get_matching_blocks():
-            paths |= {ours + i: known[theirs + i].path for i in range(size)}
+            paths |= {ours + i: like[theirs + i].path for i in range(size)}
         found += [replace(s, path=paths[i]) for i, s in enumerate(step)]
     return found
 
 
-def _by_step(spans: Sequence[Span]) -> list[list[Span]]:
-    """The kernels of each step, whatever the host did meanwhile."""
+def _kernels(spans: Sequence[Span]) -> list[Span]:
+    return sorted((s for s in spans if s.process == "gpu"), key=lambda s: s.start)
+
+
+def _until_fetch(kernels: Sequence[Span]) -> list[list[Span]]:
+    """Split where a step's tokens go to the host."""
     groups: list[list[Span]] = [[]]
-    for kernel in sorted((s for s in spans if s.process == "gpu"), key=lambda s: s.start):
+    for kernel in kernels:
         groups[-1].append(kernel)
         if kernel.name.startswith(FETCH):
             groups.append([])
     return groups if groups[-1] else groups[:-1]
+
+
+def _beside(kernels: Sequence[Span], known: Sequence[Span]) -> list[tuple[list[Span], list[Span]]]:
+    """Pieces of `kernels`, a step long each, with the kernels of `known` that run meanwhile.
+
+    Graphs pass their tokens on by other means than a copy, so a piece begins with a kernel that a step has once.
+    """
+    times, here = Counter(s.name for s in known), Counter(s.name for s in kernels)
+    at = max((i for i, s in enumerate(known) if times[s.name] == 1), key=lambda i: here[known[i].name], default=0)
+    begins = [i for i, s in enumerate(kernels) if known and s.name == known[at].name]
+    turned = [*known[at:], *known[:at]]
+    ends = [*begins[1:], len(kernels)]
+    before = list(kernels[: begins[0]] if begins else kernels), list(known)
+    return [before, *((list(kernels[i:j]), turned) for i, j in zip(begins, ends, strict=False))]
 
 
 def profile_of(
