@@ -18,7 +18,7 @@ from minisgl.config import EngineConfig
 from minisgl.distributed import TPGroup
 from minisgl.engine.engine import Engine
 from minisgl.engine.sampler import RowState, sample
-from minisgl.engine.state import RowParams, param_words
+from minisgl.engine.state import DeviceRows, RowParams, param_words
 from minisgl.kernels import cpu
 from minisgl.messages import TokenOutput
 from minisgl.models.registry import load_model
@@ -97,13 +97,21 @@ def _draws(group: TPGroup, logits: Tensor, requests: list[SamplingParams]) -> li
     own = torch.full((logits.shape[0], vocab.rows), float("-inf"))
     own[:, : vocab.size] = logits[:, vocab.start : vocab.start + vocab.size]
     made = [Request(str(i), array("i", [3, 50, 50, 100]), p.resolve({}, ())) for i, p in enumerate(requests)]
-    states = [RowState(request, vocab, CPU) for request in made]
-    params = RowParams(torch.stack([torch.from_numpy(param_words(r, 40 + i)) for i, r in enumerate(made)]))
+    states = [RowState(request, vocab) for request in made]
+    kept = DeviceRows(len(made), 1, 0, CPU)
+    rows = torch.arange(len(made))
+    kept.write_params(rows, torch.stack([torch.from_numpy(param_words(r, 40 + i)) for i, r in enumerate(made)]))
+    for place, request in enumerate(made):
+        request.row = place
+        kept.keep_tokens(request, len(request.tokens) + 3)
+    params = RowParams(kept.params[:-1])
     found: list[Any] = []
     for index in range(3):
         before = own.clone()
-        out = sample(own, states, params, torch.full((len(made),), index), [index] * len(made), vocab)
+        places, past = torch.full((len(made),), index), kept.past(rows, 4 + index)
+        out = sample(own, states, params, places, [index] * len(made), vocab, past)
         assert torch.equal(own, before)
+        kept.append(rows, 4 + places, out.tokens)
         more = (out.logprobs, out.top_ids, out.top_logprobs)
         found.append((out.tokens.tolist(), *(None if x is None else x.tolist() for x in more)))
     return found

@@ -6,9 +6,11 @@ from array import array
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from minisgl.engine.sampler import RowState, SampledTokens, sample
-from minisgl.engine.state import RowParams, param_words
+from minisgl.engine.sampler import RowState, SampledTokens, penalise, sample
+from minisgl.engine.state import DeviceRows, Past, RowParams, param_words
 from minisgl.kernels.sample.filter import filter_logits
 from minisgl.kernels.sample.noise import gumbel_noise, philox
 from minisgl.models.sharding import VocabRange
@@ -22,15 +24,40 @@ class Row:
     """A request's state as the sampler wants it."""
 
     def __init__(self, request: Request, seed: int) -> None:
-        self.state = RowState(request, VocabRange(VOCAB), CPU)
-        self.edit, self.append = self.state.edit, self.state.append
+        self.state = RowState(request, VocabRange(VOCAB))
+        self.request, self.tokens = request, list(request.tokens)
         words = param_words(request, seed if request.params.seed is None else request.params.seed)
         self.words = torch.from_numpy(words)
 
 
 def draw(logits: torch.Tensor, rows: list[Row], index: list[int]) -> SampledTokens:
-    params = RowParams(torch.stack([r.words for r in rows]))
-    return sample(logits, [r.state for r in rows], params, torch.tensor(index), index, VocabRange(VOCAB))
+    """Samples, and remembers the tokens."""
+    state = DeviceRows(len(rows), 1, 0, CPU)
+    ids = torch.arange(len(rows))
+    state.write_params(ids, torch.stack([r.words for r in rows]))
+    penalised = [r for r in rows if r.state.penalised]
+    for place, r in enumerate(rows):
+        r.request.row, r.request.tokens = place, array("i", r.tokens)
+        if r.state.penalised:
+            state.keep_tokens(r.request, len(r.tokens) + 3)
+    past = state.past(ids, max(len(r.tokens) for r in penalised)) if penalised else None
+    params, places = RowParams(state.params[:-1]), torch.tensor(index)
+    out = sample(logits, [r.state for r in rows], params, places, index, VocabRange(VOCAB), past)
+    for r, token in zip(rows, out.tokens.tolist(), strict=True):
+        r.tokens.append(token)
+    return out
+
+
+def penalised(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+    """`logits` [R, V] after the penalties of rows that remember their tokens."""
+    length = max(len(r.tokens) for r in rows)
+    tokens = torch.tensor([r.tokens + [3] * (length - len(r.tokens)) for r in rows], dtype=torch.int32)
+    words = torch.stack([r.words for r in rows])
+    outputs = torch.tensor([len(r.tokens) - r.request.num_prompt for r in rows])
+    wide = torch.cat((logits, torch.full((len(rows), 1), float("nan"))), dim=1)
+    past = Past(tokens, words[:, 8:11].view(torch.float32))
+    penalise(wide, past, RowParams(words), outputs, VocabRange(VOCAB))
+    return wide[:, :VOCAB]
 
 
 def row(prompt: list[int] | None = None, output: list[int] | None = None, seed: int = 0, **params: object) -> Row:
@@ -141,25 +168,55 @@ def test_filter_treats_rows_apart() -> None:
 
 
 def test_repetition_penalty_equals_transformers() -> None:
+    """In one batch with a row that has none and one that is longer."""
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    prompt, output = [3, 9, 9, 20], [7, 20]
-    logits = random_logits(1)
-    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt + output]), logits.clone())
-    ours = logits[0].clone()
-    row(prompt, output, repetition_penalty=1.3).edit(ours, 2)
-    assert torch.allclose(ours, expected[0])
+    rows = [
+        row([3, 9, 9, 20], [7, 20], repetition_penalty=1.3),
+        row([5], [6]),
+        row([8, 8, 1, 2, 4], [0, 0, 0, 210], repetition_penalty=0.7),
+    ]
+    logits = random_logits(3)
+    expected = logits.clone()
+    for i, factor in ((0, 1.3), (2, 0.7)):
+        processor = RepetitionPenaltyLogitsProcessor(factor)
+        expected[i] = processor(torch.tensor([rows[i].tokens]), logits[i : i + 1].clone())[0]
+    ours = penalised(logits, rows)
+    assert torch.equal(ours, expected)
+    assert torch.equal(ours[1], logits[1])
 
 
 def test_frequency_and_presence_penalties_count_the_output_alone() -> None:
-    logits = torch.zeros(VOCAB)
-    state = row([4, 4], [7, 7, 8], frequency_penalty=0.5, presence_penalty=0.25)
-    state.edit(logits, 3)
-    state.append(torch.tensor([8]))
-    again = torch.zeros(VOCAB)
-    state.edit(again, 4)
-    assert (logits[4], logits[7], logits[8]) == (0, -1.25, -0.75)
-    assert again[8] == -1.25
+    logits = torch.zeros(2, VOCAB)
+    rows = [row([4, 4], [7, 7, 8], frequency_penalty=0.5, presence_penalty=0.25), row([9] * 9)]
+    ours = penalised(logits, rows)[0]
+    assert (ours[4], ours[7], ours[8]) == (0, -1.25, -0.75)
+    rows[0].tokens.append(8)
+    assert penalised(logits, rows)[0, 8] == -1.25
+
+
+@given(st.data())
+def test_penalties_follow_their_formulas_on_every_token(data: st.DataObject) -> None:
+    """As written out over the whole vocabulary, a row at a time."""
+    ids, real = st.integers(0, VOCAB - 1), st.floats(-2, 2, width=32)
+    rows = [
+        row(
+            data.draw(st.lists(ids, min_size=1, max_size=9)), data.draw(st.lists(ids, max_size=9)),
+            repetition_penalty=data.draw(st.floats(0.25, 4, width=32)), frequency_penalty=data.draw(real),
+            presence_penalty=data.draw(real),
+        )
+        for _ in range(data.draw(st.integers(1, 4)))
+    ]  # fmt: skip
+    logits = random_logits(len(rows))
+    expected = logits.clone()
+    for line, r in zip(expected, rows, strict=True):
+        p, known = r.request.params, torch.tensor(r.tokens)
+        seen = torch.bincount(known, minlength=VOCAB) > 0
+        counts = torch.bincount(known[r.request.num_prompt :], minlength=VOCAB)
+        factor = torch.tensor(p.repetition_penalty)
+        line.copy_(torch.where(seen, torch.where(line > 0, line / factor, line * factor), line))
+        line -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
+    assert torch.equal(penalised(logits, rows), expected)
 
 
 def test_penalties_see_tokens_as_they_are_sampled() -> None:
@@ -177,6 +234,11 @@ def test_logit_bias_and_min_tokens_change_the_choice() -> None:
     minimum = row(temperature=0.0, stop_token_ids=(5,), min_tokens=2)
     tokens = [int(draw(logits, [minimum], [i]).tokens[0]) for i in range(3)]
     assert tokens[0] != 5 and tokens[1] != 5 and tokens[2] == 5
+    both = [
+        row(temperature=0.0),
+        row(temperature=0.0, logit_bias={210: 50.0, 5: 100.0}, stop_token_ids=(5,), min_tokens=1),
+    ]
+    assert [draw(logits.repeat(2, 1), both, [i, i]).tokens.tolist() for i in range(2)] == [[5, 210], [5, 5]]
 
 
 def test_logprobs_precede_temperature_and_penalties() -> None:

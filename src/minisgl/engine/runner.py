@@ -97,9 +97,11 @@ class ModelRunner:
         lines = []
         for request in requests:
             seed = request.params.seed if request.params.seed is not None else hash((self.seed, request.arrival))
-            state = self.states[request.row] = RowState(request, self.model.vocab, self.device)
+            state = self.states[request.row] = RowState(request, self.model.vocab)
             (self._special.add if state.way else self._special.discard)(request.row)
             self.rows.admit(request)
+            if state.penalised:
+                self.rows.keep_tokens(request, self.rows.page_table.shape[1] * self.pool.page_size)
             self._unsampled.add(request.row)
             lines.append(param_words(request, seed))
         places = np.array([r.row for r in requests], np.int32)
@@ -155,7 +157,12 @@ class ModelRunner:
     def _sample(self, handle: StepHandle, logits: Tensor, rows: Tensor, params: RowParams, index: Tensor) -> None:
         states = [self.states[r.row] for r in handle.requests]
         index_host = [i for i, s in zip(handle.batch.output_index, handle.batch.samples, strict=True) if s]
-        sampled = sample(logits, states, params, index, index_host, self.model.vocab)
+        ends = zip(handle.requests, index_host, states, strict=True)
+        length = max((r.num_prompt + i for r, i, s in ends if s.penalised), default=0)
+        past = self.rows.past(rows, length) if length else None
+        sampled = sample(logits, states, params, index, index_host, self.model.vocab, past)
+        if past is not None:
+            self.rows.append(rows, params.num_prompt + index, sampled.tokens)
         self.rows.last_token.index_copy_(0, rows.long(), sampled.tokens.to(torch.int32))
         self._unsampled.difference_update(r.row for r in handle.requests)
         if sampled.logprob_rows:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minisgl.engine import vocab_parallel
-from minisgl.engine.state import RowParams
+from minisgl.engine.state import Past, RowParams, upload
 from minisgl.kernels import cpu
 from minisgl.kernels.sample.filter import filter_logits
 from minisgl.kernels.sample.noise import gumbel_noise
@@ -18,6 +19,7 @@ from minisgl.models.sharding import VocabRange
 from minisgl.types import Request
 
 _NEVER = float("-inf")
+_BESIDE = 16  # columns beside the logits, for tokens that aren't this rank's; keeps rows aligned
 
 
 class Way(IntEnum):
@@ -40,64 +42,63 @@ class SampledTokens:
 
 
 class RowState:
-    """What the sampler knows of one running request beyond its `RowParams`.
+    """How one running request samples, beyond its `RowParams`.
 
-    `counts` (how often each id was output) and `seen` (in prompt or output) exist only where a penalty needs them;
-    they live on the device, which learns a token before the host does. Ids are those of `vocab`'s rows; the tokens of
-    other ranks are counted in one row beyond the last.
+    `changes` are what is added to its logits: places among `vocab`'s rows (int32) and values (float32); `early` the
+    same while there are fewer than `min_tokens` output tokens.
     """
 
-    def __init__(self, request: Request, vocab: VocabRange, device: torch.device) -> None:
-        p = request.params
-        self.params, self.vocab = p, vocab
+    def __init__(self, request: Request, vocab: VocabRange) -> None:
+        p = self.params = request.params
         self.filtered = not p.greedy and (bool(p.top_k) or (p.top_p or 1.0) < 1 or bool(p.min_p))
-        self.counts: Tensor | None = None
-        self.seen: Tensor | None = None
-        repetition = p.repetition_penalty not in (None, 1.0)
-        penalised = bool(p.frequency_penalty or p.presence_penalty or repetition)
-        self.edits_logits = penalised or bool(p.logit_bias) or p.min_tokens > 0
+        self.penalised = bool(p.frequency_penalty or p.presence_penalty or p.repetition_penalty not in (None, 1.0))
+        self.edits_logits = self.penalised or bool(p.logit_bias) or p.min_tokens > 0
         eager = self.edits_logits or p.logprobs or (self.filtered and not vocab.whole)
         self.way = Way.EAGER if eager else Way.FILTERED if self.filtered else Way.PLAIN
-        if not self.edits_logits:
-            return
-        own = range(vocab.start, vocab.start + vocab.rows)
-        bias = {token - vocab.start: value for token, value in p.logit_bias.items() if token in own}
-        stops = [token - vocab.start for token in p.stop_token_ids if token in own]
-        self.bias_ids = torch.tensor(list(bias), dtype=torch.int64, device=device)
-        self.bias = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
-        self.stop_ids = torch.tensor(stops, dtype=torch.int64, device=device)
-        if penalised:
-            known = vocab.local(torch.tensor(request.tokens, dtype=torch.int64, device=device))
-            size = vocab.rows if vocab.whole else vocab.rows + 1
-            self.counts = torch.bincount(known[request.num_prompt :], minlength=size).float()
-            self.seen = torch.bincount(known, minlength=size).bool() if repetition else None
+        self.changes = _changes(p.logit_bias, vocab)
+        self.early = _changes(p.logit_bias | dict.fromkeys(p.stop_token_ids, _NEVER), vocab)
 
-    def edit(self, logits: Tensor, output_index: int) -> None:
-        """Applies penalties, bias and min_tokens to `logits` [rows] float32, in place.
 
-        Repetition penalty as in CTRL (Keskar et al., 2019): over prompt and output, dividing positive logits and
-        multiplying negative ones. Frequency and presence penalties as OpenAI defines them, over the output.
-        """
-        p, rows = self.params, self.vocab.rows
-        if self.seen is not None:
-            penalty = p.repetition_penalty or 1.0
-            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits.copy_(torch.where(self.seen[:rows], penalised, logits))
-        if self.counts is not None:
-            counts = self.counts[:rows]
-            logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
-        if p.logit_bias:
-            logits.index_add_(0, self.bias_ids, self.bias)
-        if output_index < p.min_tokens:
-            logits.index_fill_(0, self.stop_ids, _NEVER)
+def _changes(wanted: dict[int, float], vocab: VocabRange) -> tuple[np.ndarray, np.ndarray]:
+    own = {token - vocab.start: value for token, value in wanted.items() if 0 <= token - vocab.start < vocab.rows}
+    return np.array(list(own), np.int32), np.array(list(own.values()), np.float32)
 
-    def append(self, token: Tensor) -> None:
-        """Counts a sampled token ([1] int64 on the device); the host needn't know it yet."""
-        token = self.vocab.local(token)
-        if self.counts is not None:
-            self.counts.index_add_(0, token, self.counts.new_ones(1))
-        if self.seen is not None:
-            self.seen.index_fill_(0, token, True)
+
+def penalise(logits: Tensor, past: Past, params: RowParams, output_index: Tensor, vocab: VocabRange) -> None:
+    """Changes `logits` [R, more than rows of `vocab`] float32 in place; what lies beyond those rows is used up.
+
+    Repetition penalty as in CTRL (Keskar et al., 2019): over prompt and output, dividing positive logits and
+    multiplying negative ones. Frequency and presence penalties as OpenAI defines them, over the output. Only logits of
+    tokens that a request has had are touched; a token that it had twice is written twice, with one value.
+    """
+    place = torch.arange(past.tokens.shape[1], device=logits.device)
+    first = params.num_prompt[:, None]
+    had = place < first + output_index[:, None]
+    ids = torch.where(had, vocab.local(past.tokens.long()), vocab.rows)
+    counts = torch.zeros_like(logits).scatter_add_(1, ids, (place >= first).float()).gather(1, ids)
+    repetition, frequency, presence = past.penalties.t()[..., None]
+    x = logits.gather(1, ids)
+    x = torch.where(x > 0, x / repetition, x * repetition)
+    logits.scatter_(1, ids, x - (frequency * counts + presence * (counts > 0)))
+
+
+def _edited(
+    logits: Tensor, rows: Sequence[RowState], params: RowParams, output_index: Tensor,
+    output_index_host: Sequence[int], vocab: VocabRange, past: Past | None,
+) -> Tensor:  # fmt: skip
+    """A copy of `logits` in float32 after penalties, bias and min_tokens."""
+    width = vocab.rows + _BESIDE
+    out = torch.empty(logits.shape[0], width, dtype=torch.float32, device=logits.device)
+    out[:, : vocab.rows] = logits
+    if past is not None:
+        penalise(out, past, params, output_index, vocab)
+    changes = [r.early if i < r.params.min_tokens else r.changes for r, i in zip(rows, output_index_host, strict=True)]
+    places = np.concatenate([row * width + ids for row, (ids, _) in enumerate(changes)], dtype=np.int32)
+    if places.size:
+        values = np.concatenate([values for _, values in changes])
+        at, added = upload(logits.device, places, values.view(np.int32))
+        out.view(-1).index_add_(0, at, added.view(torch.float32))
+    return out[:, : vocab.rows]
 
 
 def gumbel_argmax(logits: Tensor, params: RowParams, output_index: Tensor, vocab: VocabRange) -> Tensor:
@@ -148,10 +149,8 @@ def filter_rows(logits: Tensor, params: RowParams, vocab: VocabRange, most: int)
 def _draw(
     logits: Tensor, rows: Sequence[RowState], params: RowParams, output_index: Tensor, vocab: VocabRange
 ) -> Tensor:
-    """Only rows that need a filter pay for it; on one GPU the kernel knows which."""
+    """Only rows that need a filter pay for it, which overwrites them; on one GPU the kernel knows which."""
     filtered = [i for i, r in enumerate(rows) if r.filtered]
-    if filtered:
-        logits = logits.clone()
     if filtered and logits.is_cuda and vocab.whole:
         filter_rows(logits, params, vocab, 0)
     elif filtered:
@@ -170,29 +169,23 @@ def _logprobs(logits: Tensor, rows: Sequence[RowState], out: SampledTokens, voca
 
 
 def sample(
-    logits: Tensor,
-    rows: Sequence[RowState],
-    params: RowParams,
-    output_index: Tensor,
-    output_index_host: Sequence[int],
-    vocab: VocabRange,
-) -> SampledTokens:
+    logits: Tensor, rows: Sequence[RowState], params: RowParams, output_index: Tensor,
+    output_index_host: Sequence[int], vocab: VocabRange, past: Past | None = None,
+) -> SampledTokens:  # fmt: skip
     """One token a row, the same on every rank.
 
     Args:
         logits: [R, rows] of `vocab`, of any floating type. rows, params: of the R requests.
         output_index: [R] which output token of its request each row is; the same on the host.
+        past: of the R requests, if some are penalised.
     """
     raw = logits
-    edited = [i for i, r in enumerate(rows) if r.edits_logits]
-    if edited:
-        logits = logits.to(torch.float32, copy=True)
-        for i in edited:
-            rows[i].edit(logits[i], output_index_host[i])
-    tokens = _draw(logits, rows, params, output_index, vocab)
-    for i in edited:
-        rows[i].append(tokens[i : i + 1])
-    out = SampledTokens(tokens, [i for i, r in enumerate(rows) if r.params.logprobs])
+    if any(r.edits_logits for r in rows):
+        logits = _edited(logits, rows, params, output_index, output_index_host, vocab, past)
+    elif any(r.filtered for r in rows):
+        logits = logits.clone()
+    out = SampledTokens(_draw(logits, rows, params, output_index, vocab), [])
+    out.logprob_rows = [i for i, r in enumerate(rows) if r.params.logprobs]
     if out.logprob_rows:
         _logprobs(raw, rows, out, vocab)
     return out

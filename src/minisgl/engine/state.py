@@ -7,6 +7,7 @@ the step before sampled, is read from the rows, so that a step can be launched b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -110,12 +111,25 @@ def alias(x: Tensor, device: torch.device) -> Tensor:
     return torch.as_tensor(View(), device=device).view(x.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What penalties depend on. tokens: [R, L] int32, at their positions, anything beyond a request's last.
+
+    penalties: [R, 3] float32: repetition (1: none), frequency, presence.
+    """
+
+    tokens: Tensor
+    penalties: Tensor
+
+
 class DeviceRows:
     """State of running requests, a row each. The last row is a dummy: padding points to it.
 
     page_table: [rows + 1, P] int32, the dummy's entries naming the pool's dummy page.
     lengths: [rows + 1] int32, tokens computed. last_token: [rows + 1] int32, sampled last.
     params: [rows + 1, 8] int32 words: temperature, top_p, min_p (float32), top_k, seed (two words), prompt length.
+    penalties: [rows + 1, 3] float32, see `Past`. tokens: [rows, tokens] int32, of requests that are penalised; there
+    from the first of them on.
     """
 
     def __init__(self, num_rows: int, max_pages: int, dummy_page: int, device: torch.device) -> None:
@@ -124,6 +138,8 @@ class DeviceRows:
         self.lengths = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
         self.last_token = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
         self.params = torch.zeros(num_rows + 1, 8, dtype=torch.int32, device=device)
+        self.penalties = torch.zeros(num_rows + 1, 3, device=device)
+        self.tokens = torch.empty(num_rows, 0, dtype=torch.int32, device=device)
         self.tables = RowTables(self.page_table, self.lengths, self.last_token, self.params)
         self._known = [0] * num_rows  # pages of each row that the device has
         self._decoding: tuple[Sequence[Request], np.ndarray] = [], np.empty(0, np.int32)  # last, and their rows
@@ -161,17 +177,35 @@ class DeviceRows:
         self.page_table[rows, places] = pages.to(torch.int32)
 
     def write_params(self, rows: Tensor, words: Tensor) -> None:
-        self.params.index_copy_(0, rows.long(), words)
+        """Enters lines [R, 12] int32 of `param_words`."""
+        self.params.index_copy_(0, rows.long(), words[:, :8])
+        self.penalties.index_copy_(0, rows.long(), words[:, 8:11].view(torch.float32))
+
+    def keep_tokens(self, request: Request, most: int) -> None:
+        """Begins to keep the tokens of a request; any has `most` at most."""
+        if not self.tokens.numel():
+            self.tokens = self.tokens.new_zeros(self.dummy, most)
+        (tokens,) = upload(self.tokens.device, np.frombuffer(request.tokens, np.int32))
+        self.tokens[request.row, : len(tokens)] = tokens
+
+    def past(self, rows: Tensor, length: int) -> Past:
+        """Of requests in `rows` [R], of which those that are penalised have at most `length` tokens."""
+        return Past(self.tokens[:, :length].index_select(0, rows), self.penalties.index_select(0, rows))
+
+    def append(self, rows: Tensor, places: Tensor, tokens: Tensor) -> None:
+        """Keeps `tokens` [R] int64 that were sampled, at their positions `places` [R]; the host needn't know them."""
+        self.tokens[rows.long(), places.long()] = tokens.to(torch.int32)
 
 
 def param_words(request: Request, seed: int) -> np.ndarray:
-    """The request's line of `DeviceRows.params`."""
+    """The request's line of `DeviceRows.params`, and of `DeviceRows.penalties`: 8 and 4 words."""
     p = request.params
-    words = np.zeros(8, np.int32)
+    words = np.zeros(12, np.int32)
     words[:3] = np.array([p.temperature, p.top_p, p.min_p], np.float32).view(np.int32)
     words[3] = p.top_k or 0
     words[4:6] = np.array([seed], np.int64).view(np.int32)
     words[6] = request.num_prompt
+    words[8:11] = np.array([p.repetition_penalty, p.frequency_penalty, p.presence_penalty], np.float32).view(np.int32)
     return words
 
 
