@@ -7,11 +7,15 @@ comparison and returns a shared context manager that does nothing.
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from minisgl.types import ConfigError
+
+log = logging.getLogger(__name__)
 
 SpanHook = Callable[[str], AbstractContextManager[object]]
 
@@ -66,3 +70,14 @@ def collector_off() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+@contextmanager
+def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
+    """A part of a start: the log (debug) tells how long it took, and so does `seconds[name]`."""
+    began = time.perf_counter()
+    yield
+    took = time.perf_counter() - began
+    log.debug("%s: %.3f s", name, took)
+    if seconds is not None:
+        seconds[name] = took

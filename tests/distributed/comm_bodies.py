@@ -33,9 +33,6 @@ def collectives(group: TPGroup, shape: tuple[int, ...], dtype: torch.dtype) -> N
         assert torch.equal(group.reduce_scatter(mine), expected)
     assert group.all_reduce(mine) is mine
     assert torch.equal(mine, total)
-    src = group.size - 1
-    assert torch.equal(group.broadcast(inputs[group.rank].clone(), src), inputs[src])
-    assert torch.equal(group.broadcast(inputs[group.rank].clone()), inputs[0])
     group.barrier()
 
 
@@ -95,7 +92,7 @@ def two_groups(group: TPGroup, folder: str) -> list[float]:
     """A second group of the same processes, with the ranks the other way round, beside the first."""
     rank = group.size - 1 - group.rank
     other = TPGroup.connect(rank, group.size, torch.device("cpu"), Path(folder))
-    heads = [g.broadcast(torch.tensor([group.rank])).item() for g in (group, other, group)]
+    heads = [g.all_gather(torch.tensor([group.rank]))[0].item() for g in (group, other, group)]
     other.close()
     group.barrier()
     return heads

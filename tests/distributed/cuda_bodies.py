@@ -98,7 +98,6 @@ def collectives(group: TPGroup) -> None:
                 if width % group.size == 0:
                     assert torch.equal(group.reduce_scatter(mine), added.chunk(group.size, -1)[group.rank])
                 assert torch.equal(group.all_reduce(mine), added)
-                assert torch.equal(group.broadcast(inputs[group.rank].clone(), group.size - 1), inputs[-1])
     group.barrier()
 
 
@@ -242,6 +241,24 @@ def after_close(group: TPGroup) -> str:
     except CommunicationError as e:
         return str(e)
     return "no error"
+
+
+def second_group(group: TPGroup, folder: str) -> list[str]:
+    """A group of ranks of which the first has been in one more group before; its paths, once each gave the sum."""
+    device = device_of(group)
+    if group.rank == 0:
+        (alone := Path(folder) / "alone").mkdir()
+        communicator(0, 1, device, alone, 60.0).close()
+        (Path(folder) / "all").mkdir()
+    group.barrier()
+    second = TPGroup(group.rank, group.size, communicator(group.rank, group.size, device, Path(folder) / "all", 60.0))
+    paths = reduce_of(second).paths
+    for path, run in paths.items():
+        x = place_for(reduce_of(second), path, 4096, BF16, device)
+        run(x.copy_(value(group.rank, 4096, BF16, device)))
+        assert torch.equal(x, total(group.size, 4096, BF16, device)), path
+    second.close()
+    return list(paths)
 
 
 def multicast_is_off(group: TPGroup) -> dict[str, str | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 
 import cuda_bodies as bodies
 import pytest
@@ -101,6 +102,12 @@ def test_closed_group_refuses(size: int) -> None:
 @pytest.mark.parametrize("size", ALL)
 def test_closing_does_not_wait_for_graphs(size: int) -> None:
     print(f"seconds that closing took: {run_world(size, bodies.close_under_a_graph, device='cuda')}")
+
+
+@pytest.mark.parametrize("size", ALL)
+def test_process_that_was_in_a_group_before_joins_another(size: int, tmp_path: Path) -> None:
+    for paths in run_world(size, bodies.second_group, str(tmp_path), device="cuda"):
+        assert set(paths) >= set(wanted(size))
 
 
 def test_one_gpu_leaves_multicast_alone() -> None:

@@ -24,7 +24,7 @@ def test_communicator_starts_agrees_and_ends(tmp_path: Path) -> None:
         paths, table, parts, kept, kept_after, error = first
         assert (kept, kept_after) == (True, False)
         assert paths == ["direct", "registered", "registered_copy"]
-        assert parts == ["map", "register", "settle"]
+        assert parts == ["init", "map", "register", "settle"]
         assert error == "the group is closed"
         found = PathTable.from_json(table)
         assert found.machine.gpus == ("GPU;number 0", "GPU;number 1")

@@ -7,6 +7,8 @@ other times here are made up. None of them was measured by this project.
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import comm_bodies as bodies
@@ -14,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._C._distributed_c10d import PrefixStore, _resolve_process_group
+from torch._C._distributed_c10d import HashStore, PrefixStore, _resolve_process_group
 from worlds import run_world
 
 from minisgl.distributed.allreduce import AllReduce, view_of
@@ -29,7 +31,7 @@ from minisgl.distributed.paths import (
     table_file,
 )
 from minisgl.distributed.symmetric import register
-from minisgl.distributed.torch_comm import gloo_group, meet
+from minisgl.distributed.torch_comm import CommonKeys, gloo_group, meet
 from minisgl.profiling.comm_tables import cached_tables, ranges
 
 KIB = 1 << 10
@@ -208,3 +210,25 @@ def test_symmetric_memory_finds_the_group_by_name(tmp_path: Path) -> None:
     for name, group in zip(names, groups, strict=True):
         assert group.group_name == name
         assert _resolve_process_group(name) is group
+
+
+def test_ranks_meet_whatever_their_processes_exchanged_before() -> None:
+    """As torch's symmetric memory does it, `StoreExchange`: its keys bear a number that a process counts up."""
+    shared = HashStore()
+    shared.set_timeout(timedelta(seconds=60))
+
+    def exchange(rank: int, number: int) -> list[bytes]:
+        place, seen = PrefixStore("group", keys := CommonKeys(shared)), []  # C++ calls back into Python
+        for at in (number, number + 2):
+            own = [f"CUDASymmetricMemory/{at}/{r}" for r in range(2)]
+            place.set(own[rank], bytes([rank, at]))
+            place.wait(own)
+            seen += [place.get(key)[:1] for key in own]
+            seen += [data[:1] for data in place.multi_get(own)]
+            place.barrier(f"CUDASymmetricMemory/{at + 1}", 2)
+        del keys
+        return seen
+
+    with ThreadPoolExecutor(2) as threads:
+        answers = list(threads.map(exchange, (0, 1), (0, 17)))
+    assert answers == [[b"\0", b"\1"] * 4] * 2

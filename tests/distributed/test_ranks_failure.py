@@ -134,6 +134,12 @@ def test_check_variable_takes_0_and_1_only(tp_model: Path, monkeypatch: pytest.M
         start(tp_model, 2)
 
 
+def test_watch_variable_takes_seconds_only(tp_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINISGL_WATCH_RANKS", "yes")
+    with pytest.raises(EngineDeadError, match=r"rank 1: MINISGL_WATCH_RANKS is 'yes'; expected a number"):
+        start(tp_model, 2)
+
+
 # -- rank 0's process ends -----------------------------------------------------------------------------------------
 
 WORK = """\

@@ -31,9 +31,6 @@ class Communicator(Protocol):
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum of `x` [size, ...] over the ranks, of which this rank gets its own row [...]."""
 
-    def broadcast(self, x: Tensor, src: int) -> None:
-        """Overwrites `x` with rank `src`'s."""
-
     def barrier(self) -> None:
         """Returns once every rank's host has called it."""
 
@@ -129,13 +126,6 @@ class TPGroup:
         with _typed("reduce_scatter", self.rank, self.size):
             return self.backend.reduce_scatter(parts)
 
-    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
-        """Overwrites `x` with rank `src`'s; returns `x`, which must be contiguous."""
-        if self.backend is not None:
-            with _typed("broadcast", self.rank, self.size):
-                self.backend.broadcast(x, src)
-        return x
-
     def barrier(self) -> None:
         """Returns once every rank's host has called it; says nothing of work queued on a GPU."""
         if self.backend is not None:
@@ -168,17 +158,19 @@ def communicator(rank: int, size: int, device: torch.device, rendezvous: Path, t
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"no communicator for ranks on device {device}; expected cpu or cuda")
     store = torch_comm.meet(rendezvous, size, timeout_s)
-    host = torch_comm.gloo_group(rank, size, store, timeout_s)
+    ours = device.type == "cuda" and find_spec("nccl") is not None
+    keys = torch_comm.CommonKeys(store) if ours else None
+    host = torch_comm.gloo_group(rank, size, store, timeout_s, keys)
     if device.type == "cpu":
         return torch_comm.TorchCommunicator(host)
     os.environ.update(torch_comm.NO_MULTICAST)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # one host: NCCL's own meeting place needs no network
     torch.cuda.set_device(device)
-    if find_spec("nccl") is None:
+    if keys is None:
         return torch_comm.TorchCommunicator(torch_comm.nccl_group(rank, size, store, timeout_s, host))
     from minisgl.distributed.nccl import NcclCommunicator
 
-    return NcclCommunicator(rank, size, device, torch_comm.TorchCommunicator(host), store)
+    return NcclCommunicator(rank, size, device, torch_comm.TorchCommunicator(host), keys)
 
 
 @contextmanager

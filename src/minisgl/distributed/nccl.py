@@ -7,7 +7,6 @@ says which ways there are. Everything runs on the current stream, so CUDA graphs
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from threading import Thread
 from typing import Any
@@ -22,10 +21,12 @@ from minisgl.distributed.probe import agreed_table, measure
 from minisgl.distributed.symmetric import SymmetricBuffer
 from minisgl.distributed.torch_comm import TorchCommunicator, broadcast_bytes, gather_bytes
 from minisgl.hardware import read_text
+from minisgl.timing import phase
 
 WINDOW_BYTES = 64 << 20
 SYMMETRIC_BYTES = 16 << 20
 END_S = 2.0  # that ending NCCL may take
+RELEASE_S = 1.0  # for kernels that wait for a rank that has ended
 
 
 class NcclCommunicator:
@@ -47,18 +48,18 @@ class NcclCommunicator:
         self._ending: Thread | None = None
         self._errors = (nccl.NcclInvalid, NCCLError)
         unique = broadcast_bytes(host, bytes(nccl.get_unique_id()) if rank == 0 else b"")
-        self._comm: Any = self._try(nccl.Communicator.init, size, rank, nccl.UniqueId.from_bytes(unique))
-        self._sum: Any = nccl.SUM
-        self.reduce, self.machine = AllReduce(self._direct), self._machine()
         self.start_s: dict[str, float] = {}  # seconds that the parts of the start took
-        self._timed("register", lambda: self._register(nccl))
-        self._timed("map", lambda: self._map_symmetric(store))
-        self._timed("settle", self._settle)
-
-    def _timed(self, part: str, call: Callable[[], None]) -> None:
-        began = time.perf_counter()
-        call()
-        self.start_s[part] = time.perf_counter() - began
+        with phase("init", self.start_s):
+            self._comm: Any = self._try(nccl.Communicator.init, size, rank, nccl.UniqueId.from_bytes(unique))
+        self._sum: Any = nccl.SUM
+        self.reduce, self.machine = AllReduce(self._direct), self._machine(nccl)
+        self._symmetric: SymmetricBuffer | None = None
+        with phase("register", self.start_s):
+            self._register(nccl)
+        with phase("map", self.start_s):
+            self._map_symmetric(store)
+        with phase("settle", self.start_s):  # which way all-reduces go from now on
+            self.reduce.table = agreed_table(host, rank, self.machine, lambda: measure(self.reduce, device))
 
     def _register(self, nccl: Any) -> None:
         """Registers NCCL's buffer, where NCCL and the links know symmetric windows."""
@@ -77,12 +78,9 @@ class NcclCommunicator:
         except RuntimeError:
             found = None
         if self._all(found is not None) and found is not None:
+            self._symmetric = found
             self.reduce.add("two_shot", found.two_shot, found.bytes)
             self.reduce.paths["one_shot"] = found.one_shot
-
-    def _settle(self) -> None:
-        """Which way all-reduces go from now on."""
-        self.reduce.table = agreed_table(self.host, self.rank, self.machine, lambda: measure(self.reduce, self.device))
 
     def _all(self, flag: bool) -> bool:
         """Whether `flag` is true on every rank."""
@@ -90,9 +88,11 @@ class NcclCommunicator:
         self.host.all_reduce(flags)
         return int(flags) == self.size
 
-    def _machine(self) -> Machine:
-        names = gather_bytes(self.host, identity(self.device).encode())
-        return Machine(tuple(n.decode() for n in names), driver_version(), nccl_version(), str(torch.__version__))
+    def _machine(self, nccl: Any) -> Machine:
+        gpu, library = torch.cuda.get_device_properties(self.device), nccl.get_version().libnccl
+        names = gather_bytes(self.host, f"{gpu.name};{getattr(gpu, 'uuid', '')}".encode())
+        driver, version = read_text("/sys/module/nvidia/version"), str(library.version) if library else ""
+        return Machine(tuple(n.decode() for n in names), driver, version, str(torch.__version__))
 
     def all_reduce(self, x: Tensor) -> None:
         if x.is_cuda:
@@ -119,12 +119,6 @@ class NcclCommunicator:
             self._try(self._comm.reduce_scatter, x, out, self._sum, stream=_stream())
         return out
 
-    def broadcast(self, x: Tensor, src: int) -> None:
-        if not x.is_cuda:
-            self.host.broadcast(x, src)
-        elif x.numel():
-            self._try(self._comm.broadcast, x, x, src, stream=_stream())
-
     def barrier(self) -> None:
         self.host.barrier()
 
@@ -134,10 +128,14 @@ class NcclCommunicator:
     def close(self) -> None:
         if self._end(self._comm.destroy):
             self.reduce.close()  # a buffer goes after its window
+            self._symmetric = None
         self.host.close()
 
     def abort(self) -> None:
-        self._end(self._comm.abort)
+        for _ in range(2):  # the GPU's work may wait in either's kernels, and the calls of one for the other's
+            if self._symmetric is not None:
+                self._symmetric.release(RELEASE_S)
+            self._end(self._comm.abort)
         self.host.abort()
 
     def _end(self, call: Callable[[], None]) -> bool:
@@ -170,22 +168,3 @@ class NcclCommunicator:
 
 def _stream() -> int:
     return torch.cuda.current_stream().cuda_stream
-
-
-def identity(device: torch.device) -> str:
-    """The GPU's name and UUID, as `Machine` has them."""
-    properties = torch.cuda.get_device_properties(device)
-    return f"{properties.name};{getattr(properties, 'uuid', '')}"
-
-
-def driver_version() -> str:
-    """Of the NVIDIA kernel module; '' where it doesn't say."""
-    return read_text("/sys/module/nvidia/version")
-
-
-def nccl_version() -> str:
-    """Of the library that nccl4py has loaded."""
-    import nccl.core as nccl
-
-    library = nccl.get_version().libnccl
-    return str(library.version) if library else ""

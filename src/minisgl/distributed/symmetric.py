@@ -6,11 +6,12 @@ None of the `multimem` operators, which need multicast, is used.
 from __future__ import annotations
 
 import itertools
+import time
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, _register_process_group, _SymmetricMemory
+from torch._C._distributed_c10d import Store, _register_process_group, _SymmetricMemory
 
 from minisgl.distributed.allreduce import view_of
 
@@ -20,6 +21,8 @@ _numbers = itertools.count()
 class SymmetricBuffer:
     """`num_bytes` on each rank's GPU, mapped into every rank. Constructing it is collective.
 
+    store: where the ranks meet, `CommonKeys`; older versions of torch ask it, newer ones that of `group`.
+
     One stream at a time may use it. A call ends only when every rank has read what it needs, so the next kernel may
     overwrite the buffer.
 
@@ -28,10 +31,13 @@ class SymmetricBuffer:
     """
 
     def __init__(self, group: dist.ProcessGroup, store: Store, device: torch.device, num_bytes: int) -> None:
-        self.name = register(group, PrefixStore("symmetric", store))
-        self._group = group
+        self.name = register(group, store)
+        self._group, self._store = group, store  # torch keeps neither
         self.bytes = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
-        self._handle = _SymmetricMemory.rendezvous(self.bytes, self.name)
+        self._handle = handle = _SymmetricMemory.rendezvous(self.bytes, self.name)
+        # Signals of the ranks, by receiver: a sender waits for 0 and puts 1, a receiver waits for 1 and puts 0.
+        self._signals = [handle.get_signal_pad(r).view(torch.int32) for r in range(handle.world_size)]
+        self._set, self._clear = torch.ones_like(self._signals[0]), torch.zeros_like(self._signals[0])
 
     def one_shot(self, x: Tensor) -> None:
         """Sum of `x` over the ranks, in place: each thread copies its part of `x` in, waits, and adds up all ranks'."""
@@ -41,6 +47,18 @@ class SymmetricBuffer:
     def two_shot(self, x: Tensor) -> None:
         """Sum over the ranks, in place, of a tensor at the beginning of the buffer."""
         torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", self.name)
+
+    def release(self, seconds: float) -> None:
+        """Lets kernels go on that wait for ranks that have ended; what they sum up is of no use.
+
+        Returns when the GPU has nothing left to do, or after `seconds`. Copies alone: a kernel might have to be loaded,
+        which waits for those that run.
+        """
+        device, end = self.bytes.device, time.monotonic() + seconds
+        with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+            while not torch.cuda.default_stream(device).query() and time.monotonic() < end:
+                for rank, signals in enumerate(self._signals):
+                    signals.copy_(self._set if rank == self._handle.rank else self._clear)
 
 
 def register(group: dist.ProcessGroup, store: Store) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +24,49 @@ def meet(rendezvous: Path, size: int, timeout_s: float) -> Store:
     return store
 
 
-def gloo_group(rank: int, size: int, store: Store, timeout_s: float) -> dist.ProcessGroup:
+class CommonKeys(Store):
+    """Part of `store`, under keys that are the same on all ranks. Whoever uses it from C++ doesn't keep it alive.
+
+    torch's symmetric memory numbers its keys by what its process has exchanged so far, in whichever group. A process
+    that was in a group before would wait for keys other than those that new ones set. Here numbers begin at 0.
+    """
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store, self._first = PrefixStore("common", store), -1
+
+    def _common(self, key: str) -> str:
+        def counted(number: re.Match[str]) -> str:
+            if self._first < 0:
+                self._first = int(number[0])
+            return str(int(number[0]) - self._first)
+
+        return re.sub(r"(?<=/)\d+", counted, key, count=1)
+
+    def set(self, key: str, value: Any) -> None:
+        self._store.set(self._common(key), value)
+
+    def get(self, key: str) -> bytes:
+        return self._store.get(self._common(key))
+
+    def add(self, key: str, value: int) -> int:
+        return self._store.add(self._common(key), value)
+
+    def wait(self, keys: Sequence[str], *timeout: Any) -> None:
+        self._store.wait([self._common(key) for key in keys], *timeout)
+
+
+def gloo_group(rank: int, size: int, store: Store, timeout_s: float, keys: Store | None = None) -> dist.ProcessGroup:
     """A process group of its own: torch's global default group stays untouched, so engines don't collide.
 
-    It listens on the loopback interface alone.
+    It listens on the loopback interface alone. `keys`: through which others that know the group meet.
     """
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
     options._timeout = timedelta(seconds=timeout_s)
     options._threads = 2
     gloo = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, size, options)
-    group = dist.ProcessGroup(PrefixStore("group", store), rank, size)
+    group = dist.ProcessGroup(keys or PrefixStore("group", store), rank, size)
     group._register_backend(CPU, dist.ProcessGroup.BackendType.GLOO, gloo)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     host_barrier(group)  # nobody leaves before everybody has reached everybody: that would fail their start
@@ -78,9 +113,6 @@ class TorchCommunicator:
         out = torch.empty_like(x[0])
         self.group.reduce_scatter(out, list(x.unbind())).wait()
         return out
-
-    def broadcast(self, x: Tensor, src: int) -> None:
-        self.group.broadcast(x, src).wait()
 
     def barrier(self) -> None:
         host_barrier(self.group)

@@ -27,7 +27,7 @@ from minisgl.models.hub import resolve_model
 from minisgl.models.kv_scales import kv_scales
 from minisgl.models.registry import load_model
 from minisgl.models.spans import add_spans
-from minisgl.timing import span, use_nvtx
+from minisgl.timing import phase, span, use_nvtx
 from minisgl.types import ConfigError, FinishReason, ModelError, Request, SamplingParams, TokenLogprob, check_ids
 
 log = logging.getLogger(__name__)
@@ -79,10 +79,11 @@ class Engine:
     def _start(self, config: EngineConfig, agree: Callable[[int], int] | None) -> None:
         """Loads the model, shares out the memory, captures graphs."""
         dtype = getattr(torch, config.dtype)
-        self.model = load_model(
-            Path(resolve_model(config.model)), dtype, self.device, self.tp, config.dummy_weights, config.seed,
-            progress=self.tp.rank == 0, packed=config.attention == "cpu", fused=config.fused_kernels == "on",
-        )  # fmt: skip
+        with phase("model"):
+            self.model = load_model(
+                Path(resolve_model(config.model)), dtype, self.device, self.tp, config.dummy_weights, config.seed,
+                progress=self.tp.rank == 0, packed=config.attention == "cpu", fused=config.fused_kernels == "on",
+            )  # fmt: skip
         longest = self.model.config.max_position
         context = config.max_model_len or longest
         if context > longest:
@@ -92,7 +93,8 @@ class Engine:
         trial, budget = self._make_pool(config, 1), None
         attention.check(trial)
         if config.device == "cuda" and config.num_pages is None:
-            budget = measure(self.model, trial, attention, config, context, sizes)
+            with phase("memory budget"):
+                budget = measure(self.model, trial, attention, config, context, sizes)
         num_pages = choose_num_pages(config, self.model.config, dtype, trial.page_bytes, context, budget)
         if agree is not None:
             num_pages = agree(num_pages)
@@ -105,7 +107,8 @@ class Engine:
         most = self.scheduler.max_total_tokens
         self.runner = ModelRunner(self.model, pool, attention, config.max_running, most, config.seed)
         if sizes:
-            self.runner.capture(sizes, progress=self.tp.rank == 0)
+            with phase("graphs"):
+                self.runner.capture(sizes, progress=self.tp.rank == 0)
 
     def _graph_sizes(self, config: EngineConfig, attention: AttentionBackend) -> list[int]:
         """Batches that get CUDA graphs."""

@@ -31,6 +31,7 @@ from minisgl.kernels import cpu
 from minisgl.models.hub import resolve_model
 from minisgl.models.registry import read_config
 from minisgl.models.sharding import check_tp_size
+from minisgl.timing import phase
 from minisgl.types import ConfigError, EngineDeadError, Request, SamplingParams
 
 CHECK_VARIABLE = "MINISGL_CHECK_RANKS"
@@ -63,7 +64,8 @@ class LeadEngine(Engine):
         try:
             divide_threads(config)
             super().__init__(config, ranks.connect(lambda folder: _join(config, 0, folder)), ranks.agree)
-            ranks.gather()
+            with phase("the other ranks' engines"):
+                ranks.gather()
             ranks.busy = False
         except BaseException as error:
             self._give_up(error)
@@ -102,6 +104,8 @@ class LeadEngine(Engine):
             self._ranks.send(messages.RankStep(commands, checksums(self.scheduler) if self._checked else {}))
             outputs = super().step()
             self._ranks.busy = False
+            if self._ranks.failure is not None:  # the step ended without the others: its tokens are of no use
+                raise self._ranks.failure
             return outputs
         except BaseException as error:
             self._give_up(error)
@@ -152,7 +156,8 @@ def follow(config: EngineConfig, rank: int, folder: Path, link: Connection) -> N
 
 
 def _join(config: EngineConfig, rank: int, folder: Path) -> TPGroup:
-    return TPGroup.connect(rank, config.tp_size, rank_device(config, rank), folder)
+    with phase("connect"):
+        return TPGroup.connect(rank, config.tp_size, rank_device(config, rank), folder)
 
 
 def divide_threads(config: EngineConfig) -> None:
@@ -199,5 +204,5 @@ def _compare(rank: int, scheduler: Scheduler, expected: dict[str, int]) -> None:
         own = checksums(scheduler)
         differ = [name for name, value in expected.items() if own[name] != value]
         if differ:
-            where = f"before step {scheduler.step}: {', '.join(differ)}"
-            raise EngineDeadError(f"{CHECK_VARIABLE}: rank {rank} differs from rank 0 {where}")
+            text = f"rank {rank} differs from rank 0 before step {scheduler.step}: {', '.join(differ)}"
+            raise EngineDeadError(f"{CHECK_VARIABLE}: {text}")

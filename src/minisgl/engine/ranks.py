@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import logging
 import multiprocessing
 import os
@@ -29,13 +30,15 @@ from typing import TYPE_CHECKING, Any
 from minisgl import messages
 from minisgl.config import EngineConfig
 from minisgl.engine.children import PrivateFolder, exit_text, ignore_sigint
-from minisgl.types import CommunicationError, EngineDeadError, MinisglError
+from minisgl.timing import phase
+from minisgl.types import CommunicationError, ConfigError, EngineDeadError, MinisglError
 
 if TYPE_CHECKING:
     from minisgl.distributed import TPGroup
 
 logger = logging.getLogger(__name__)
 
+WATCH_VARIABLE = "MINISGL_WATCH_RANKS"
 PARENT_CHECK_S = 1.0
 GRACE_S = 0.2  # in which ranks that fail together tell why
 BLAME_S = 10.0  # in which a rank that broke a collective is found dead
@@ -54,10 +57,10 @@ def rank_main(config: EngineConfig, rank: int, folder: str, parent_pid: int, lin
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group: rank 0 acts on them
         signal.signal(number, signal.SIG_IGN)
-    logging.disable(logging.WARNING)  # rank 0 says it for all
     threading.Thread(target=_end_with_parent, args=(parent_pid, folder), daemon=True).start()
     code = 1
     try:
+        _speak(rank, os.environ.get(WATCH_VARIABLE, ""))
         from minisgl.engine.lead import follow
 
         follow(config, rank, Path(folder), link)
@@ -71,6 +74,18 @@ def rank_main(config: EngineConfig, rank: int, folder: str, parent_pid: int, lin
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no destructor of a broken group may hang
+
+
+def _speak(rank: int, stacks_s: str) -> None:
+    """What the rank logs: nothing, since rank 0 says it for all; or everything, and where it is every so often."""
+    if not stacks_s:
+        logging.disable(logging.WARNING)
+        return
+    if not stacks_s.isdecimal() or not int(stacks_s):
+        raise ConfigError(f"{WATCH_VARIABLE} is {stacks_s!r}; expected a number of seconds")
+    logging.basicConfig(format=f"%(asctime)s rank {rank}: %(message)s")
+    logging.getLogger("minisgl").setLevel(logging.DEBUG)
+    faulthandler.dump_traceback_later(int(stacks_s), repeat=True)
 
 
 def _end_with_parent(parent_pid: int, folder: str) -> None:
@@ -142,7 +157,8 @@ class Ranks:
             except BaseException as error:
                 self._joined.put(error)
 
-        self.gather()
+        with phase("the other ranks' processes"):
+            self.gather()
         threading.Thread(target=body, daemon=True).start()
         group: TPGroup = _take(self._joined)
         self._group, self.busy = group, True
