@@ -14,7 +14,8 @@ of two narrow layers on a CPU, which proves nothing but this program.
     host       microseconds that the host spends on a decode step, waiting apart
     launch     what of that the launch takes, piece by piece (see launch_split.py)
     sampling   decode steps with temperature, top-p and top-k, and with all of them
-    mixed      steps of decodes and a chunk of prefill: host-bound where the launch takes as long as the step
+    mixed      steps of decodes and a chunk of prefill, and lone prompts, with CUDA graphs and without: host-bound where
+               the launch takes as long as the step
     plain      offline256 without overlap
     eager      offline256 without CUDA graphs
 """
@@ -250,32 +251,44 @@ class Bench:
         return {"batch": self.batches[0], "rows": rows}
 
     def mixed(self) -> dict[str, Any]:
-        """Steps that compute decodes and a chunk of a prompt, launched one at a time.
+        """Steps that compute decodes and a chunk of a prompt, launched one at a time; without decodes: a lone prompt's.
 
         `launch_ms` is how long the host takes to launch one, `step_ms` how long until its tokens are there: where the
-        two are close, the GPU waits for the host, and graphs of such steps would pay.
+        two are close, the GPU waits for the host. `first_ms` is the first step of its kind, which captures nothing
+        yet, `second_ms` the one that captures its graph.
         """
+        lone = (8, 30) if self.tiny else (32, 256, 1024, 2048)
+        some = ((2, 8), (2, 30)) if self.tiny else ((32, 64), (32, 256), (32, 1024), (128, 256), (192, 2048))
         rows = []
-        for decodes, chunk in (
-            ((2, 8), (2, 30)) if self.tiny else ((32, 64), (32, 256), (32, 1024), (128, 256), (192, 2048))
-        ):
+        for decodes, chunk in [(0, tokens) for tokens in lone] + list(some):
             self._fill(decodes, GREEDY)
-            launch, step = [], []
-            for i in range(8):
-                self.engine.add(f"mixed{i}", random_prompt(chunk, self.engine.vocab_size), GREEDY.resolve({}, []))
-                sync(self.engine)
-                began = time.perf_counter()
-                handle = self.engine.runner.launch(self.engine.scheduler.schedule())
-                launched = time.perf_counter()
-                self.engine._collect(handle)
-                ended = time.perf_counter()
-                launch.append(launched - began)
-                step.append(ended - began)
-                self.engine.abort(f"mixed{i}")
-            medians = [round(spread(x[2:])["median"] * 1e3, 3) for x in (launch, step)]
-            rows.append({"decodes": decodes, "prefill": chunk, "launch_ms": medians[0], "step_ms": medians[1]})
+            for graphs in ("on", "off"):
+                kept = self.engine.runner.graphs
+                if graphs == "off":
+                    self.engine.runner.graphs = None
+                rows.append({"decodes": decodes, "prefill": chunk, "graphs": graphs} | self._mixed(chunk))
+                self.engine.runner.graphs = kept
+                print(json.dumps(rows[-1]), flush=True)
             self._empty()
-        return {"rows": rows}
+        prompts = self.engine.runner.prompt_graphs
+        captured = sum(step.graph is not None for step in prompts.steps.values()) if prompts else 0
+        return {"rows": rows, "captured": captured}
+
+    def _mixed(self, chunk: int) -> dict[str, float]:
+        launch, step = [], []
+        for i in range(8):
+            self.engine.add(f"mixed{i}", random_prompt(chunk, self.engine.vocab_size), GREEDY.resolve({}, []))
+            sync(self.engine)
+            began = time.perf_counter()
+            handle = self.engine.runner.launch(self.engine.scheduler.schedule())
+            launched = time.perf_counter()
+            self.engine._collect(handle)
+            ended = time.perf_counter()
+            launch.append(launched - began)
+            step.append(ended - began)
+            self.engine.abort(f"mixed{i}")
+        ms = [round(spread(x)["median"] * 1e3, 3) for x in (launch[3:], step[3:], step[:1], step[1:2])]
+        return dict(zip(("launch_ms", "step_ms", "first_ms", "second_ms"), ms, strict=True))
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

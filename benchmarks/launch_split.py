@@ -24,7 +24,7 @@ import torch
 from common import spread
 
 from minisgl.engine.engine import Engine
-from minisgl.engine.graphs import Captured, _captured
+from minisgl.engine.graphs import Captured, captured
 from minisgl.kernels import nvrtc
 from minisgl.profiling.ceilings import EMPTY
 from minisgl.timing import collector_off
@@ -123,7 +123,7 @@ def chains() -> list[dict[str, Any]]:
         run = nvrtc.prepare(EMPTY, 0, 1, 32, pdl)
         run()
         for count in CHAIN:
-            graph, _ = _captured(partial(_times, count, run), None)
+            graph, _ = captured(partial(_times, count, run), None)
             rows.append({"kernels": count, "pdl": pdl} | _replays(graph))
     return rows
 
@@ -138,12 +138,12 @@ def one_or_two(engine: Engine) -> dict[str, Any]:
     """The largest step as the engine has it, and as two graphs, the second of which samples. Only dummies take part."""
     graphs = engine.runner.graphs
     assert graphs is not None
-    captured: Captured = graphs._steps[graphs.max_batch, graphs.widths[0]]
-    step, pool = captured.step, captured.plain.pool()
+    whole: Captured = graphs._steps[graphs.max_batch, graphs.widths[0]]
+    step, pool = whole.step, whole.plain.pool()
     graphs.mail.reset(step.size)
-    forward, logits = _captured(step.forward, pool)
-    sampler, _ = _captured(partial(step.sample, logits, False), pool)
-    found = {"one": captured.plain, "forward": forward, "sampler": sampler}
+    forward, logits = captured(step.forward, pool)
+    sampler, _ = captured(partial(step.sample, logits, False), pool)
+    found = {"one": whole.plain, "forward": forward, "sampler": sampler}
     row = {"batch": step.size} | {name: _replays(graph) for name, graph in found.items()}
     graphs.mail.reset()
     return row

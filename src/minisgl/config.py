@@ -52,7 +52,7 @@ class EngineConfig:
     overlap: bool | None = None  # schedule and launch a step while the one before it runs; None: on a GPU
     attention: str = "auto"
     fused_kernels: str = "auto"  # the project's CUDA kernels between a layer's matrix products; auto: where they run
-    cuda_graph: bool = True  # replay decode steps as CUDA graphs, where there is a GPU
+    cuda_graph: bool = True  # replay steps as CUDA graphs, where there is a GPU
     cuda_graph_max_batch: int | None = None  # requests in the largest graph; None: max_running
 
     def __post_init__(self) -> None:

@@ -139,11 +139,9 @@ class LLM:
                 self._abandon(job.ids)
 
     def chat(
-        self,
-        messages: Messages | Sequence[Messages],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **template_options: Any,
-    ) -> list[RequestOutput]:
+        self, messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, **template_options: Any,
+    ) -> list[RequestOutput]:  # fmt: skip
         """Answers one conversation or several, rendered by the model's chat template.
 
         Args:

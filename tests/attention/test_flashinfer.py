@@ -22,7 +22,7 @@ from tiny import greedy, make_checkpoint
 from torch import Tensor
 
 from minisgl.attention import AttentionBackend, ForwardBatch, make_attention
-from minisgl.attention.page_list import PageList, list_pages
+from minisgl.attention.triton_pages import PageList, list_pages
 from minisgl.cache.pool import KVPool
 from minisgl.config import EngineConfig, resolve
 from minisgl.engine.graphs import batch_sizes

@@ -11,6 +11,7 @@ import torch
 from harness import GREEDY, Driver
 from test_fused import calls  # noqa: F401 (a fixture)
 from test_graphs import Uncaptured
+from test_prompt_graphs import UncapturedPrompts
 from tiny import greedy, make_checkpoint
 
 from minisgl.engine.graphs import batch_sizes
@@ -33,16 +34,26 @@ def test_steps_of_a_gpu_give_the_tokens_of_transformers(
     from minisgl.attention.triton_paged import TritonPaged
 
     monkeypatch.setattr(TritonPaged, "short_context", 16)
+    monkeypatch.setattr("minisgl.engine.prompt_graphs.MOST_PROMPTS", 4)
     oracle = make_checkpoint(family, tmp_path)
     driver = Driver(tmp_path, overlap=True, page_size=4, attention="torch_sdpa")
     runner = driver.engine.runner
     runner.model = load_model(tmp_path, torch.float32, torch.device("cpu"), progress=False, fused=True)
     runner.attention = TritonPaged()
     with torch.inference_mode():
-        runner.graphs = Uncaptured(runner.model, runner.pool, runner.attention, runner.rows, batch_sizes(4), False)
+        parts = runner.model, runner.pool, runner.attention, runner.rows
+        runner.graphs = Uncaptured(*parts, batch_sizes(4), False)
+    runner.prompt_graphs = prompts = UncapturedPrompts(*parts, [16], 4, None)
     assert len(runner.graphs.widths) == 2
-    ids = [driver.add(prompt, replace(GREEDY, max_tokens=STEPS)) for prompt in PROMPTS]
-    driver.run()
-    assert [driver.answers[id].tokens for id in ids] == [greedy(oracle, prompt, STEPS) for prompt in PROMPTS]
+    expected = [greedy(oracle, prompt, STEPS) for prompt in PROMPTS]
+    prompts.replays.clear()
+    for steps in (STEPS, 2):
+        ids = []
+        for prompt in PROMPTS:
+            ids.append(driver.add(prompt, replace(GREEDY, max_tokens=steps)))
+            driver.step()
+        driver.run()
+        assert [driver.answers[id].tokens for id in ids] == [tokens[:steps] for tokens in expected]
+    assert len(prompts.replays) == 2, "with decodes and without"
     assert calls["qkv_post"] and calls["index"] and calls["silu_mul"]
     driver.close()

@@ -18,6 +18,7 @@ from minisgl.cache.pool import KVPool
 from minisgl.config import EngineConfig
 from minisgl.engine.budget import Budget, explained, largest_prefill
 from minisgl.engine.memory import choose_num_pages
+from minisgl.engine.state import DeviceRows
 from minisgl.models.registry import load_model
 from minisgl.types import ConfigError
 
@@ -68,11 +69,11 @@ def test_largest_prefill_is_a_step_that_runs(folder: Path, tokens: int, context:
     model = load_model(folder, torch.float32, torch.device("cpu"), progress=False)
     pool = KVPool(2, model.num_kv_heads_per_rank, 24, 16, 1, torch.float32, "cpu")
     config = EngineConfig(max_batched_tokens=tokens, max_running=9)
-    batch = largest_prefill(config, context, pool, make_attention("torch_sdpa"))
+    rows = DeviceRows(9, -(-context // 16), pool.dummy_page, torch.device("cpu"))
+    batch = largest_prefill(config, context, pool, make_attention("torch_sdpa"), rows)
     assert batch.seq_lens.tolist() == lens and batch.query_starts.tolist() == [0, *np.cumsum(lens)]
     assert batch.positions.tolist() == [i for n in lens for i in range(n)]
     with torch.inference_mode():
-        batch.attention.prepare(batch)
         logits = model.forward(batch)
     assert logits.shape == (9, model.config.vocab_size) and logits.isfinite().all()
 

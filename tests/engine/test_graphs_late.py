@@ -100,7 +100,7 @@ def _late(folder: Path, **options: Any) -> tuple[Driver, Stream]:
 
         setattr(owner, name, call)
 
-    for owner, name in ((runner, "_launch_eager"), (runner, "_sample"), (runner, "_admit")):
+    for owner, name in ((runner, "_launch_varied"), (runner, "_sample"), (runner, "_admit")):
         behind_the_stream(owner, name)
     return driver, stream
 

@@ -44,6 +44,7 @@ class AttentionBackend(ABC):
 
     name: str
     capturable = False  # decodes read lengths and pages on the device alone, so that CUDA graphs can hold them
+    captures_prompts = False  # so does everything else, for steps of whatever mix
     short_context: int | None = None  # tokens: decodes cost less if a page table has no room for more
 
     def check(self, pool: KVPool) -> None:  # noqa: B027 (optional)

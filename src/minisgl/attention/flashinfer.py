@@ -20,7 +20,7 @@ from flashinfer import fast_decode_plan
 from torch import Tensor
 
 from minisgl.attention.base import AttentionBackend, ForwardBatch
-from minisgl.attention.page_list import PageList, list_pages, page_counts
+from minisgl.attention.triton_pages import PageList, list_pages, page_counts
 from minisgl.cache.pool import KVPool
 from minisgl.types import ConfigError
 

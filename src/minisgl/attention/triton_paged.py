@@ -46,7 +46,7 @@ class TritonPaged(AttentionBackend):
     """
 
     name = "triton"
-    capturable = True
+    capturable = captures_prompts = True
     short_context = LONG
 
     def __init__(self, splits: Splits | None = None) -> None:
@@ -57,7 +57,8 @@ class TritonPaged(AttentionBackend):
         self._parts: dict[tuple[torch.device, int, int], Parts] = {}
 
     def prepare(self, batch: ForwardBatch) -> None:
-        n, table, splits, order = batch.num_decodes, batch.page_table, None, None
+        n, table, rows, splits, order = batch.num_decodes, batch.page_table, batch.table_rows, None, None
+        extending = batch.seq_lens.shape[0] > n
         gpu = torch.cuda.get_device_properties(table.device) if table.is_cuda else None
         if n and self.splits:
             splits = self.splits.within(n * batch.pool.num_kv_heads)
@@ -70,8 +71,8 @@ class TritonPaged(AttentionBackend):
             splits,
             gpu is not None and gpu.major >= 9,
             getattr(gpu, "shared_memory_per_block_optin", 0),
-            (table[:n] if batch.table_rows is None else table, table[n:]),
-            self._own_rows(n, table.device) if batch.table_rows is None else batch.table_rows,
+            (table, table[n:] if rows is None or not extending else table.index_select(0, rows[n:])),
+            self._own_rows(n, table.device) if rows is None else rows,
             order,
             (batch.seq_lens[:n], batch.seq_lens[n:]),
             batch.query_starts[n:],

@@ -19,15 +19,9 @@ class KVPool:
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int,
-        num_pages: int,
-        dtype: torch.dtype,
+        self, num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, num_pages: int, dtype: torch.dtype,
         device: torch.device | str,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim

@@ -66,7 +66,7 @@ ENGINE_OPTIONS = {
     "prefix_cache": Option("--no-prefix-cache", "compute every prompt from its start", switch=True),
     "overlap": Option("--no-overlap", "schedule a step only once the one before has ended", switch=True),
     "fused_kernels": Option("--fused-kernels", "the project's CUDA kernels inside a layer", choices=FUSED),
-    "cuda_graph": Option("--no-cuda-graph", "launch every kernel of a decode step by itself", switch=True),
+    "cuda_graph": Option("--no-cuda-graph", "launch every kernel of a step by itself", switch=True),
     "cuda_graph_max_batch": Option(
         "--cuda-graph-max-batch", "requests in the largest CUDA graph; default: --max-running", int, metavar="N"
     ),

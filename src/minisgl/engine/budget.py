@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from minisgl.attention.base import AttentionBackend, ForwardBatch
 from minisgl.cache.pool import KVPool
 from minisgl.config import EngineConfig
 from minisgl.engine.graphs import DecodeGraphs
-from minisgl.engine.state import DeviceRows
+from minisgl.engine.prompt_graphs import PromptGraphs, decode_sizes
+from minisgl.engine.scheduler import ScheduledBatch
+from minisgl.engine.state import DeviceRows, upload
+from minisgl.engine.steps import StepInputs, StepShape, forward_batch, lay_out
 from minisgl.models.decoder import CausalLM
 from minisgl.types import ConfigError
 
@@ -53,19 +55,16 @@ def explained() -> Iterator[None]:
         raise ConfigError(f"the GPU's memory ran out at start; {lower}. {str(e).splitlines()[0]}") from e
 
 
-def largest_prefill(config: EngineConfig, context: int, pool: KVPool, attention: AttentionBackend) -> ForwardBatch:
-    """As many tokens as a step may have, in sequences as long as they may be, all of them on page 0."""
+def largest_prefill(
+    config: EngineConfig, context: int, pool: KVPool, attention: AttentionBackend, rows: DeviceRows
+) -> ForwardBatch:
+    """As many tokens as a step may have, in sequences as long as they may be, all of them on the dummy page."""
     assert config.max_batched_tokens is not None and config.max_running is not None
-    length, device = min(context, config.max_batched_tokens), pool.k.device
-    counts = np.full(-(-config.max_batched_tokens // length), length, np.int32)
-    counts[-1] -= counts.sum() - config.max_batched_tokens
-    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    positions = np.arange(starts[-1], dtype=np.int32) - np.repeat(starts[:-1], counts)
-    lens, ends, place = (torch.from_numpy(x).to(device) for x in (counts, starts, positions))
-    table = torch.zeros(len(counts), -(-length // pool.page_size), dtype=torch.int32, device=device)
-    wanted = torch.arange(min(config.max_running, len(positions)), device=device)
-    ids, slots = torch.zeros_like(place), torch.zeros_like(place, dtype=torch.int64)
-    return ForwardBatch(ids, place, slots, table, lens, ends, wanted, 0, counts, counts, pool, attention)
+    most, length = config.max_batched_tokens, min(context, config.max_batched_tokens)
+    host, _ = lay_out(ScheduledBatch(0), StepShape(most, 0, -(-most // length)), rows.dummy, length)
+    inputs = StepInputs(*upload(pool.k.device, *host))
+    wanted = torch.arange(min(config.max_running, most), device=pool.k.device)
+    return forward_batch(inputs, 0, rows, pool, attention, wanted, host)
 
 
 @torch.inference_mode()
@@ -74,7 +73,6 @@ def _activations(model: CausalLM, batch: ForwardBatch) -> int:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
-    batch.attention.prepare(batch)
     logits = model.forward(batch)
     [logits.float().clone() for _ in range(2)]
     torch.cuda.synchronize()
@@ -87,26 +85,36 @@ def _free() -> int:
     return torch.cuda.mem_get_info()[0]
 
 
-def _graphs(model: CausalLM, pool: KVPool, attention: AttentionBackend, rows: DeviceRows, sizes: list[int]) -> int:
-    """Bytes that CUDA graphs of `sizes` will take: the largest sets their shared memory, each has some of its own."""
-    costs = []
-    for some in (sizes[-1:], sorted({sizes[0], sizes[-1]})):
-        before = _free()
-        graphs = DecodeGraphs(model, pool, attention, rows, some, progress=False)
-        costs.append(before - _free())
-        del graphs
-    return costs[0] + max(costs[1] - costs[0], 0) * (len(sizes) - 1)
+def _graphs(
+    model: CausalLM, pool: KVPool, attention: AttentionBackend, rows: DeviceRows, sizes: list[int], prompts: list[int]
+) -> int:
+    """Bytes that CUDA graphs will take: the largest set their shared memory, each has some of its own.
+
+    Of those of steps with prompts it counts half: hardly any workload needs them all.
+    """
+    memory, parts, before = torch.cuda.graph_pool_handle(), (model, pool, attention, rows), _free()
+    held: list[object] = [PromptGraphs(*parts, prompts, sizes[-1], memory)] if prompts else []
+    left = []
+    for some in (sizes[-1:], sizes[:1]):
+        held.append(DecodeGraphs(*parts, some, False, memory))
+        left.append(_free())
+    others = len(sizes) - 1 + len(prompts) * len(decode_sizes(sizes[-1])) // 2
+    return before - left[0] + max(left[0] - left[1], 0) * others
 
 
 def measure(
-    model: CausalLM, pool: KVPool, attention: AttentionBackend, config: EngineConfig, context: int, sizes: list[int]
-) -> Budget:
-    """The budget of a GPU that holds the weights and, for trial steps, a `pool` of a page; `sizes` will have graphs."""
+    model: CausalLM, pool: KVPool, attention: AttentionBackend, config: EngineConfig, context: int, sizes: list[int],
+    prompts: list[int],
+) -> Budget:  # fmt: skip
+    """The budget of a GPU that holds the weights and, for trial steps, a `pool` of a page.
+
+    sizes, prompts: of steps that will have graphs, see `ModelRunner.capture`.
+    """
     assert config.max_running is not None
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_reserved()
-    activations = _activations(model, largest_prefill(config, context, pool, attention))
     rows = DeviceRows(config.max_running, -(-context // pool.page_size), pool.dummy_page, pool.k.device)
-    graphs = _graphs(model, pool, attention, rows, sizes) if sizes else 0
+    activations = _activations(model, largest_prefill(config, context, pool, attention, rows))
+    graphs = _graphs(model, pool, attention, rows, sizes, prompts) if sizes else 0
     free, total = _free(), torch.cuda.mem_get_info()[1]
     return Budget(total, total - free - torch.cuda.memory_reserved(), weights, activations, graphs)

@@ -19,6 +19,7 @@ from minisgl.distributed import TPGroup
 from minisgl.engine.budget import explained, measure
 from minisgl.engine.graphs import batch_sizes
 from minisgl.engine.memory import choose_num_pages
+from minisgl.engine.prompt_graphs import prompt_sizes
 from minisgl.engine.runner import ModelRunner, StepHandle, StepResult
 from minisgl.engine.scheduler import Scheduler
 from minisgl.hardware import detect
@@ -89,12 +90,12 @@ class Engine:
         if context > longest:
             raise ModelError(f"max-model-len is {context}; the model's context has {longest} tokens")
         attention = make_attention(config.attention)
-        sizes = self._graph_sizes(config, attention)
+        sizes, prompts = self._graph_sizes(config, attention)
         trial, budget = self._make_pool(config, 1), None
         attention.check(trial)
         if config.device == "cuda" and config.num_pages is None:
             with phase("memory budget"):
-                budget = measure(self.model, trial, attention, config, context, sizes)
+                budget = measure(self.model, trial, attention, config, context, sizes, prompts)
         num_pages = choose_num_pages(config, self.model.config, dtype, trial.page_bytes, context, budget)
         if agree is not None:
             num_pages = agree(num_pages)
@@ -108,14 +109,16 @@ class Engine:
         self.runner = ModelRunner(self.model, pool, attention, config.max_running, most, config.seed)
         if sizes:
             with phase("graphs"):
-                self.runner.capture(sizes, progress=self.tp.rank == 0)
+                self.runner.capture(sizes, prompts, progress=self.tp.rank == 0)
 
-    def _graph_sizes(self, config: EngineConfig, attention: AttentionBackend) -> list[int]:
-        """Batches that get CUDA graphs."""
-        assert config.max_running is not None
+    def _graph_sizes(self, config: EngineConfig, attention: AttentionBackend) -> tuple[list[int], list[int]]:
+        """Batches that get CUDA graphs, and numbers of prompts' tokens that do."""
+        assert config.max_running is not None and config.max_batched_tokens is not None
         if config.device != "cuda" or not (config.cuda_graph and attention.capturable and self.model.capturable):
-            return []
-        return batch_sizes(min(config.max_running, config.cuda_graph_max_batch or config.max_running))
+            return [], []
+        alone = attention.captures_prompts and self.tp.size == 1
+        prompts = prompt_sizes(config.max_batched_tokens, self.model.config.hidden_size) if alone else []
+        return batch_sizes(min(config.max_running, config.cuda_graph_max_batch or config.max_running)), prompts
 
     def _make_pool(self, config: EngineConfig, num_pages: int) -> KVPool:
         c, heads = self.model.config, self.model.num_kv_heads_per_rank
@@ -203,30 +206,22 @@ class Engine:
         logprob = result.logprobs.get(place.get(request.id, -1))
         first = request.params.prompt_logprobs and request.num_output == 1
         return TokenOutput(
-            request.id,
-            [] if unwanted else [request.tokens[-1]],
-            [logprob] if logprob and not unwanted else [],
-            FinishReason.LENGTH if unwanted else reason,
-            num_cached=request.num_cached,
+            request.id, [] if unwanted else [request.tokens[-1]], [logprob] if logprob and not unwanted else [],
+            FinishReason.LENGTH if unwanted else reason, num_cached=request.num_cached,
             prompt_logprobs=self.runner.prompt_logprobs.pop(request.id) if first else [],
-        )
+        )  # fmt: skip
 
     def stats(self) -> EngineStats:
         s, ledger = self.scheduler, self.scheduler.ledger
         return EngineStats(
-            num_waiting=len(s.waiting),
-            num_running=len(s.running),
-            num_pages=ledger.num_pages,
-            num_free_pages=len(ledger.free),
+            num_waiting=len(s.waiting), num_running=len(s.running),
+            num_pages=ledger.num_pages, num_free_pages=len(ledger.free),
             num_cached_pages=ledger.cache.num_pages if ledger.cache else 0,
             num_evictable_pages=ledger.cache.num_evictable_pages if ledger.cache else 0,
-            prompt_tokens=s.prompt_tokens,
-            cached_tokens=s.cached_tokens,
-            output_tokens=s.output_tokens,
-            preemptions=s.preemptions,
-            steps=s.step,
-        )
+            prompt_tokens=s.prompt_tokens, cached_tokens=s.cached_tokens, output_tokens=s.output_tokens,
+            preemptions=s.preemptions, steps=s.step,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Lets go of what would keep the ranks' communicator from ending: graphs that hold its calls."""
-        self.runner.graphs = None
+        self.runner.graphs = self.runner.prompt_graphs = None

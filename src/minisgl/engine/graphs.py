@@ -105,21 +105,15 @@ class DecodeGraphs:
     """Captured decode steps for batches of `sizes` (ascending, see `batch_sizes`): for short contexts, and for any."""
 
     def __init__(
-        self,
-        model: CausalLM,
-        pool: KVPool,
-        attention: AttentionBackend,
-        state: DeviceRows,
-        sizes: list[int],
-        progress: bool,
-    ) -> None:
+        self, model: CausalLM, pool: KVPool, attention: AttentionBackend, state: DeviceRows, sizes: list[int],
+        progress: bool, memory: Any = None,
+    ) -> None:  # fmt: skip
         self.sizes, self.max_batch, self.state = sizes, sizes[-1], state
         self.filters = model.vocab.whole
         self.mail = Mailbox(self.max_batch, np.array([[state.dummy], [NEVER], [0]], np.int32), pool.k.device)
         self.page_size, most = pool.page_size, state.page_table.shape[1]
         self.widths = sorted({min((attention.short_context or most * self.page_size) // self.page_size, most), most})
         self._steps: dict[tuple[int, int], Captured] = {}
-        memory = None
         wanted = [(size, pages) for size in reversed(self.sizes) for pages in self.widths]
         with collector_off():
             for size, pages in _progress(wanted, progress):  # the largest first: others fit its memory
@@ -135,8 +129,8 @@ class DecodeGraphs:
         if self.filters:
             step.sample(logits, True)
         del logits
-        plain, logits = _captured(step.run, memory)
-        filtered = _captured(lambda: step.sample(logits, True), plain.pool())[0] if self.filters else None
+        plain, logits = captured(step.run, memory)
+        filtered = captured(lambda: step.sample(logits, True), plain.pool())[0] if self.filters else None
         return Captured(step, plain, filtered, alias(logits, logits.device)), plain.pool()
 
     def replay(self, batch: ScheduledBatch, way: Way) -> tuple[Captured, Tensor, torch.cuda.Event | None]:
@@ -149,16 +143,16 @@ class DecodeGraphs:
         count = len(batch.requests)
         size = next(s for s in self.sizes if s >= count)
         pages = next(w for w in self.widths if w * self.page_size > max(batch.starts))
-        captured = self._steps[size, pages]
+        found = self._steps[size, pages]
         self.state.decode_words(batch.requests, batch.grown, self.mail.next_words(size))
-        captured.step.attention.before_replay(size, pages, batch.starts)
-        captured.plain.replay()
-        if way is Way.FILTERED and captured.filtered is not None:
-            captured.filtered.replay()
-        return captured, *self.mail.tokens(count)
+        found.step.attention.before_replay(size, pages, batch.starts)
+        found.plain.replay()
+        if way is Way.FILTERED and found.filtered is not None:
+            found.filtered.replay()
+        return found, *self.mail.tokens(count)
 
 
-def _captured(work: Callable[[], T], memory: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+def captured(work: Callable[[], T], memory: Any) -> tuple[torch.cuda.CUDAGraph, T]:
     """A graph of `work` in the pool `memory`, and what `work` returned. What other threads do meanwhile can't harm."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):

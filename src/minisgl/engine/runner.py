@@ -6,6 +6,7 @@ sampled, it reads from `DeviceRows`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisgl.attention.base import AttentionBackend, ForwardBatch
+from minisgl.attention.base import AttentionBackend
 from minisgl.cache.pool import KVPool
 from minisgl.engine.graphs import DecodeGraphs
+from minisgl.engine.prompt_graphs import PromptGraphs
 from minisgl.engine.prompt_logprobs import prompt_rows, read_prompts
 from minisgl.engine.sampler import RowState, SampledTokens, Way, sample
 from minisgl.engine.scheduler import ScheduledBatch
 from minisgl.engine.state import DeviceRows, RowParams, param_words, upload
+from minisgl.engine.steps import StepInputs, StepShape, forward_batch, lay_out
 from minisgl.models.decoder import CausalLM
 from minisgl.timing import span
 from minisgl.types import Request, TokenLogprob
-
-IN_FLIGHT = -1  # in place of a token id: read the row's last token
 
 
 @dataclass(slots=True)
@@ -63,11 +64,15 @@ class ModelRunner:
         self._unsampled: set[int] = set()  # rows whose next input isn't their `last_token`: prompts in chunks
         self._special: set[int] = set()  # rows that sample in another way than PLAIN, or did when they were last used
         self.graphs: DecodeGraphs | None = None
+        self.prompt_graphs: PromptGraphs | None = None  # not used without `graphs`
         self.prompt_logprobs: dict[str, list[TokenLogprob]] = {}  # by request, to be taken with its first token
 
-    def capture(self, sizes: list[int], progress: bool = True) -> None:
-        """Captures CUDA graphs of decode steps with so many requests."""
-        self.graphs = DecodeGraphs(self.model, self.pool, self.attention, self.rows, sizes, progress)
+    def capture(self, sizes: list[int], prompts: Sequence[int] = (), progress: bool = True) -> None:
+        """Captures CUDA graphs of decode steps with so many requests, and of steps with so many tokens of prompts."""
+        parts, memory = (self.model, self.pool, self.attention, self.rows), torch.cuda.graph_pool_handle()
+        if prompts:  # before the others, which fit the memory of the largest
+            self.prompt_graphs = PromptGraphs(*parts, list(prompts), sizes[-1], memory)
+        self.graphs = DecodeGraphs(*parts, sizes, progress, memory)
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> StepHandle:
@@ -81,7 +86,7 @@ class ModelRunner:
         if self.graphs is not None and self._is_plain_decode(batch):
             self._launch_graph(handle, self.graphs)
         else:
-            self._launch_eager(handle)
+            self._launch_varied(handle)
         return handle
 
     def collect(self, handle: StepHandle) -> StepResult:
@@ -130,26 +135,34 @@ class ModelRunner:
                 rows, params = step.words[0, :count], RowParams(x.params[:count])
                 self._sample(handle, done.logits[:count], rows, params, x.output_index[:count])
 
-    # -- without -------------------------------------------------------------------------------------------------
+    # -- steps of any mix ----------------------------------------------------------------------------------------
 
-    def _launch_eager(self, handle: StepHandle) -> None:
-        batch = handle.batch
+    def _launch_varied(self, handle: StepHandle) -> None:
+        """Up to the hidden states by a graph, if one fits; from there on as eager steps do."""
+        batch, graphs = handle.batch, self.prompt_graphs if self.graphs is not None else None
         with span("prepare"):
-            forward, rows = self._forward_batch(batch)
-        prompts = prompt_rows(batch)
-        if prompts:
-            (more,) = self.upload(np.concatenate([p.rows for p in prompts]))
-            forward.logits_indices = torch.cat([forward.logits_indices, more])  # type: ignore[list-item]
+            prompts = prompt_rows(batch)
+            shape = graphs.fitting(batch) if graphs is not None and not prompts else None
+            room = shape or StepShape(batch.num_tokens, batch.num_decodes, len(batch.requests))
+            width = self.rows.page_table.shape[1] * self.pool.page_size
+            host, places = lay_out(batch, room, self.rows.dummy, width)
+            sampling = places[np.array(batch.samples, bool)]
+            last = (sampling if shape else host.starts[sampling + 1] - 1).astype(np.int32)
+            wanted = np.concatenate([last, *(p.rows for p in prompts)])
+            deltas = self.rows.page_deltas(batch.requests)
+            *inputs, wanted_rows, rows, pages = self.upload(*host, wanted, host.rows[sampling], deltas)
+            self.rows.write_pages(pages)
         with span("forward"):
-            hidden = self.model.hidden(forward)
-            logits = self.model.logits(hidden[: len(handle.requests)])
+            if shape is not None and graphs is not None:
+                hidden = graphs.launch(shape, inputs).index_select(0, wanted_rows)
+            else:
+                parts = self.rows, self.pool, self.attention, wanted_rows, host
+                hidden = self.model.hidden(forward_batch(StepInputs(*inputs), room.decodes, *parts))
+            logits = self.model.logits(hidden[: len(handle.requests)]) if handle.requests else None
         if prompts:
             read_prompts(prompts, hidden[len(handle.requests) :], self.model, self.prompt_logprobs)
-        if handle.requests:
+        if logits is not None:
             with span("sample"):
-                if len(handle.requests) < len(batch.requests):
-                    (sampling,) = self.upload(np.flatnonzero(batch.samples).astype(np.int32))
-                    rows = rows.index_select(0, sampling)
                 params = RowParams(self.rows.params.index_select(0, rows))
                 index = self.rows.lengths.index_select(0, rows) - params.num_prompt
                 self._sample(handle, logits, rows, params, index)
@@ -178,43 +191,6 @@ class ModelRunner:
         handle.tokens.copy_(tokens, non_blocking=True)
         handle.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         handle.done.record()
-
-    def _forward_batch(self, batch: ScheduledBatch) -> tuple[ForwardBatch, Tensor]:
-        """The inputs of a step, and its requests' rows [S] int32; brings `DeviceRows` up to this step."""
-        starts, counts = np.array(batch.starts, np.int32), np.array(batch.counts, np.int32)
-        lens = starts + counts
-        query_starts = np.zeros(len(counts) + 1, np.int32)
-        np.cumsum(counts, out=query_starts[1:])
-        owner = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        positions = np.arange(query_starts[-1], dtype=np.int32) - np.repeat(query_starts[:-1] - starts, counts)
-        last = query_starts[1:][np.array(batch.samples, bool)] - 1
-        rows_host = np.array([r.row for r in batch.requests], np.int32)
-        deltas = self.rows.page_deltas(batch.requests)
-        ids, place, owners, rows, seq_lens, ends, wanted, changes = self.upload(
-            _input_ids(batch, query_starts), positions, owner, rows_host, lens, query_starts, last, deltas
-        )
-        self.rows.write_pages(changes)
-        size = self.pool.page_size
-        num_pages = -(-int(lens.max()) // size)
-        table = self.rows.page_table[:, :num_pages].index_select(0, rows)
-        slots = table[owners.long(), (place // size).long()].long() * size + place % size
-        ids = torch.where(ids == IN_FLIGHT, self.rows.last_token.index_select(0, rows).index_select(0, owners), ids)
-        self.rows.lengths.index_copy_(0, rows.long(), seq_lens)
-        forward = ForwardBatch(
-            ids, place, slots, table, seq_lens, ends, wanted, batch.num_decodes, lens, counts, self.pool, self.attention
-        )
-        self.attention.prepare(forward)
-        return forward, rows
-
-
-def _input_ids(batch: ScheduledBatch, query_starts: np.ndarray) -> np.ndarray:
-    """Ids that the host knows, IN_FLIGHT for the others: decodes whose input the step before samples."""
-    ids = np.full(query_starts[-1], IN_FLIGHT, np.int32)
-    places = query_starts.tolist()
-    for at, request, start, count in zip(places, batch.requests, batch.starts, batch.counts, strict=False):
-        if start < len(request.tokens):
-            ids[at : at + count] = request.tokens[start : start + count]
-    return ids
 
 
 def _logprobs(handle: StepHandle, tokens: list[int]) -> dict[int, TokenLogprob]:

@@ -61,15 +61,9 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        num_pages: int,
-        page_size: int,
-        max_running: int,
-        max_batched_tokens: int,
-        max_model_len: int,
-        cache: PrefixCache | None,
-        policy: str = "fcfs",
-    ) -> None:
+        self, num_pages: int, page_size: int, max_running: int, max_batched_tokens: int, max_model_len: int,
+        cache: PrefixCache | None, policy: str = "fcfs",
+    ) -> None:  # fmt: skip
         self.page_size = page_size
         self.max_running = max_running
         self.max_batched_tokens = max_batched_tokens

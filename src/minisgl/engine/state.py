@@ -28,9 +28,11 @@ def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
     if device.type == "cpu":
         return [torch.from_numpy(a) for a in arrays]
     sizes = [-(-a.size // ALIGN) * ALIGN for a in arrays]
-    words = np.concatenate([np.pad(a.ravel(), (0, s - a.size)) for a, s in zip(arrays, sizes, strict=True)])
-    packed = torch.from_numpy(words).pin_memory().to(device, non_blocking=True)
-    parts: Sequence[Tensor] = packed.split(sizes)  # type: ignore[no-untyped-call]
+    words = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=True)
+    ends = np.cumsum(sizes)
+    for end, size, a in zip(ends, sizes, arrays, strict=True):
+        words.numpy()[end - size : end - size + a.size] = a.ravel()
+    parts: Sequence[Tensor] = words.to(device, non_blocking=True).split(sizes)  # type: ignore[no-untyped-call]
     return [part[: a.size].view(a.shape) for part, a in zip(parts, arrays, strict=True)]
 
 
@@ -150,15 +152,17 @@ class DeviceRows:
         self._decoding = [], np.empty(0, np.int32)
 
     def page_deltas(self, requests: Sequence[Request]) -> np.ndarray:
-        """[3, D] int32: row, place and page of what the requests hold and the device doesn't know yet."""
-        found: list[tuple[int, int, int]] = []
-        known = self._known
+        """[2, D] int32: places in the table, flat, and pages that the requests hold and the device doesn't know yet."""
+        places: list[int] = []
+        found: list[int] = []
+        known, width = self._known, self.page_table.shape[1]
         for request in requests:
             row, pages = request.row, request.pages
             if known[row] < len(pages):
-                found += [(row, place, pages[place]) for place in range(known[row], len(pages))]
+                places += range(row * width + known[row], row * width + len(pages))
+                found += pages[known[row] :]
                 known[row] = len(pages)
-        return np.array(found, np.int32).reshape(-1, 3).T.copy()
+        return np.array([places, found], np.int32)
 
     def decode_words(self, requests: Sequence[Request], grown: Sequence[int], words: np.ndarray) -> None:
         """Fills `words` [3, R], see `kernels.prepare`, for requests that decode; those at `grown` gained a page."""
@@ -172,9 +176,8 @@ class DeviceRows:
             self._known[row] = held
 
     def write_pages(self, deltas: Tensor) -> None:
-        """Enters `page_deltas` [3, D]."""
-        rows, places, pages = deltas.long().unbind()
-        self.page_table[rows, places] = pages.to(torch.int32)
+        """Enters `page_deltas` [2, D]."""
+        self.page_table.view(-1).index_copy_(0, deltas[0].long(), deltas[1])
 
     def write_params(self, rows: Tensor, words: Tensor) -> None:
         """Enters lines [R, 12] int32 of `param_words`."""

@@ -138,19 +138,13 @@ def base_fields(values: Values) -> dict[str, Any]:
     hidden, heads = values.integer("hidden_size"), values.integer("num_attention_heads")
     theta, scaling = read_rope(values)
     return {
-        "vocab_size": values.integer("vocab_size"),
-        "hidden_size": hidden,
-        "intermediate_size": values.integer("intermediate_size"),
-        "num_layers": values.integer("num_hidden_layers"),
-        "num_heads": heads,
-        "num_kv_heads": values.integer("num_key_value_heads", heads),
+        "vocab_size": values.integer("vocab_size"), "hidden_size": hidden,
+        "intermediate_size": values.integer("intermediate_size"), "num_layers": values.integer("num_hidden_layers"),
+        "num_heads": heads, "num_kv_heads": values.integer("num_key_value_heads", heads),
         "head_dim": values.integer("head_dim", max(hidden // heads, 1)),
-        "max_position": values.integer("max_position_embeddings"),
-        "norm_eps": values.number("rms_norm_eps", 1e-6),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "tie_embeddings": values.flag("tie_word_embeddings", False),
-    }
+        "max_position": values.integer("max_position_embeddings"), "norm_eps": values.number("rms_norm_eps", 1e-6),
+        "rope_theta": theta, "rope_scaling": scaling, "tie_embeddings": values.flag("tie_word_embeddings", False),
+    }  # fmt: skip
 
 
 def check(config: ModelConfig, where: str) -> ModelConfig:
@@ -205,14 +199,9 @@ def _scaling(kind: str, rope: Values, values: Values) -> RopeScaling | None:
             raise rope.error("high_freq_factor", f"is {high}; expected more than low_freq_factor {low}")
         return RopeScaling(kind, factor, original, low_freq_factor=low, high_freq_factor=high)
     return RopeScaling(
-        kind,
-        factor,
-        original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        truncate=rope.flag("truncate", True),
-        attention_factor=_yarn_attention_factor(factor, rope),
-    )
+        kind, factor, original, beta_fast=rope.number("beta_fast", 32.0), beta_slow=rope.number("beta_slow", 1.0),
+        truncate=rope.flag("truncate", True), attention_factor=_yarn_attention_factor(factor, rope),
+    )  # fmt: skip
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:

@@ -36,13 +36,9 @@ class DecoderLayer(nn.Module):
         self.skinny = build.fused and dense and not biased and build.tp.size == 1
 
     def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        rotation: Rotation | Tensor,
-        batch: ForwardBatch,
+        self, x: Tensor, residual: Tensor | None, rotation: Rotation | Tensor, batch: ForwardBatch,
         rows: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """rows: [R] int64, of [T]: those wanted back, as of the last layer; what only the others need is left out."""
         if self.skinny:
             return self._forward_skinny(x, residual, rotation, batch, rows)
@@ -69,12 +65,9 @@ class DecoderLayer(nn.Module):
 
 
 def _behind_norm(
-    norm: RMSNorm,
-    product: ColumnLinear,
-    x: Tensor,
-    residual: Tensor | None,
+    norm: RMSNorm, product: ColumnLinear, x: Tensor, residual: Tensor | None,
     activate: Callable[[Tensor], Tensor] | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The product of the normed sum, activated, and the sum. Ours can't add to it: that would be one more launch."""
     if residual is None:
         y = skinny_product(x, product.weight, norm, activate is not None)

@@ -64,13 +64,9 @@ def _fields(file: GGUFFile, values: Values) -> dict[str, Any]:
     num_layers = values.integer("block_count")
     window = values.integer("attention.sliding_window", 0, low=0) or None
     return {
-        "vocab_size": embedding.shape[0],
-        "hidden_size": hidden,
+        "vocab_size": embedding.shape[0], "hidden_size": hidden, "num_layers": num_layers,
         "intermediate_size": values.integer("feed_forward_length"),
-        "num_layers": num_layers,
-        "num_heads": heads,
-        "num_kv_heads": values.integer("attention.head_count_kv", heads),
-        "head_dim": head_dim,
+        "num_heads": heads, "num_kv_heads": values.integer("attention.head_count_kv", heads), "head_dim": head_dim,
         "max_position": values.integer("context_length"),
         "norm_eps": values.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": values.number("rope.freq_base", 10000.0),
@@ -80,7 +76,7 @@ def _fields(file: GGUFFile, values: Values) -> dict[str, Any]:
         "o_bias": "blk.0.attn_output.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
         "windows": (window,) * num_layers,
-    }
+    }  # fmt: skip
 
 
 def _rope_scaling(file: GGUFFile, values: Values) -> RopeScaling | None:
@@ -97,13 +93,11 @@ def _rope_scaling(file: GGUFFile, values: Values) -> RopeScaling | None:
     if kind == "linear":
         return RopeScaling("linear", factor)
     return RopeScaling(
-        "yarn",
-        factor,
-        values.integer("rope.scaling.original_context_length", values.integer("context_length")),
+        "yarn", factor, values.integer("rope.scaling.original_context_length", values.integer("context_length")),
         beta_fast=values.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=values.number("rope.scaling.yarn_beta_slow", 1.0),
         attention_factor=values.number("rope.scaling.attn_factor", 1.0) * yarn_mscale(factor),
-    )
+    )  # fmt: skip
 
 
 # -- the weights ------------------------------------------------------------------------------------------------------

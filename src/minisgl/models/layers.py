@@ -75,12 +75,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def skinny_product(
-    x: Tensor,
-    weight: Weight,
-    norm: RMSNorm | None = None,
-    gated: bool = False,
-    add_to: Tensor | None = None,
-) -> Tensor | None:
+    x: Tensor, weight: Weight, norm: RMSNorm | None = None, gated: bool = False, add_to: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """norm(x) · weightᵀ for few rows of x, by our kernel where it is known to beat cuBLAS; else None, nothing done.
 
     gated: gate rows, then up rows; silu(gate) · up comes back. add_to: the product is added to it, and it comes back.

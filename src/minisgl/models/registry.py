@@ -57,16 +57,9 @@ def _read_folder_config(folder: Path) -> ModelConfig:
 
 
 def load_model(
-    path: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    tp: TPGroup | None = None,
-    dummy: bool = False,
-    seed: int = 0,
-    progress: bool = True,
-    packed: bool = False,
-    fused: bool = False,
-) -> CausalLM:
+    path: Path, dtype: torch.dtype, device: torch.device, tp: TPGroup | None = None, dummy: bool = False,
+    seed: int = 0, progress: bool = True, packed: bool = False, fused: bool = False,
+) -> CausalLM:  # fmt: skip
     """The model at `path` (a folder or a .gguf file), ready to run, with this rank's share of the weights.
 
     Args:

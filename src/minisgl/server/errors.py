@@ -17,10 +17,8 @@ _HEADERS = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}  # s
 
 
 _STATUS: dict[type[Exception], tuple[int, str | None]] = {
-    RequestError: (400, None),
-    OverloadedError: (503, "overloaded"),
-    EngineDeadError: (503, "engine_unavailable"),
-}
+    RequestError: (400, None), OverloadedError: (503, "overloaded"), EngineDeadError: (503, "engine_unavailable"),
+}  # fmt: skip
 
 
 class HttpError(RequestError):

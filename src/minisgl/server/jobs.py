@@ -111,14 +111,10 @@ def _begin(kind: str, service: Service, body: protocol.GenerationRequest) -> Job
     check_ids(params.stop_token_ids, limits.vocab_size, "stop_token_ids")
     check_ids(params.logit_bias, limits.vocab_size, "logit_bias")
     return Job(
-        id=f"{kind}-{uuid.uuid4().hex}",
-        model=service.model_name,
-        backend=backend,
-        params=params,
-        priority=body.priority or 0,
-        stream=bool(body.stream),
+        id=f"{kind}-{uuid.uuid4().hex}", model=service.model_name, backend=backend, params=params,
+        priority=body.priority or 0, stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
-    )
+    )  # fmt: skip
 
 
 def _backend(service: Service, model: str | None) -> Backend:

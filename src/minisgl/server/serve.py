@@ -56,14 +56,9 @@ def _address_errors(config: ServerConfig) -> Iterator[None]:
 
 
 def serve(
-    engine: EngineHandle,
-    load_text: Callable[[], Text],
-    config: ServerConfig,
-    model_name: str,
-    listener: socket.socket,
-    on_ready: Callable[[Service], None],
-    recorder: Recorder | None = None,
-) -> None:
+    engine: EngineHandle, load_text: Callable[[], Text], config: ServerConfig, model_name: str,
+    listener: socket.socket, on_ready: Callable[[Service], None], recorder: Recorder | None = None,
+) -> None:  # fmt: skip
     """Serves until SIGTERM or SIGINT; the first one lets answers under way end, a second one ends at once.
 
     Args:
@@ -103,19 +98,11 @@ class _Life:
     def __post_init__(self) -> None:
         config = self._service.config
         protocol: Any = partial(Connection, timeout=config.client_timeout)
-        self._http = _HttpServer(
-            uvicorn.Config(
-                create_app(self._service),
-                http=protocol,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(config.drain_timeout) + 2,
-            )
-        )
+        server = uvicorn.Config(
+            create_app(self._service), http=protocol, ws="none", lifespan="off", log_config=None, log_level="warning",
+            access_log=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(config.drain_timeout) + 2,
+        )  # fmt: skip
+        self._http = _HttpServer(server)
 
     async def run(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -63,12 +63,9 @@ class ChatTemplate:
         self._compiled: dict[str, jinja2.Template] = {}
 
     def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **kwargs: Any,
-    ) -> str:
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any,
+    ) -> str:  # fmt: skip
         """The prompt for `messages`; encode it without adding special tokens.
 
         Args:

@@ -98,18 +98,12 @@ class _Stream:
             text += tail
         counted = self.num_output - before
         return TextDelta(
-            self.id,
-            text,
-            token_ids=output.tokens[:counted],
-            logprobs=output.logprobs[:counted],
-            prompt_logprobs=output.prompt_logprobs,
+            self.id, text, token_ids=output.tokens[:counted], logprobs=output.logprobs[:counted],
+            prompt_logprobs=output.prompt_logprobs, error=output.error,
             finish_reason=output.finish if stop is None else FinishReason.STOP,
             stop_reason=stop_id if stop is None else stop,
-            error=output.error,
-            num_prompt=self.num_prompt,
-            num_cached=self.num_cached,
-            num_output=self.num_output,
-        )
+            num_prompt=self.num_prompt, num_cached=self.num_cached, num_output=self.num_output,
+        )  # fmt: skip
 
     def _stop_id(self, output: TokenOutput) -> int | None:
         """The id that ended the request; it is counted, but isn't part of the text."""

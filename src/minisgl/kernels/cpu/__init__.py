@@ -68,15 +68,9 @@ def pages(page_table: Tensor, seq_lens: Tensor, query_starts: Tensor, page_size:
 
 
 def paged_attention(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    query_starts: Tensor,
-    scale: float,
+    q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, seq_lens: Tensor, query_starts: Tensor, scale: float,
     window: int | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Causal attention of a step's queries, all sequences in one call.
 
     Args:
@@ -99,13 +93,9 @@ def paged_attention(
 
 
 def sample_tokens(
-    logits: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
-    output_index: Tensor,
-    first: int = 0,
+    logits: Tensor, temperature: Tensor, seeds: Tensor, output_index: Tensor, first: int = 0,
     best: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """A token a row [R] int64, the most likely at temperature 0, else drawn with `sample.noise.gumbel_noise`.
 
     Args:

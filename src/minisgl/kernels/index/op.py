@@ -13,15 +13,9 @@ from minisgl.types import KernelError
 
 
 def index(
-    out: Tensor,
-    table: Tensor,
-    ids: Tensor,
-    vocab_start: int = 0,
-    vocab_len: int | None = None,
-    *,
-    version: str | None = None,
-    config: Config | None = None,
-) -> None:
+    out: Tensor, table: Tensor, ids: Tensor, vocab_start: int = 0, vocab_len: int | None = None, *,
+    version: str | None = None, config: Config | None = None,
+) -> None:  # fmt: skip
     """Copies rows of `table` to `out`: row t is the one of `ids[t] - vocab_start`, or zeros if that is out of range.
 
     Args:

@@ -128,15 +128,9 @@ def _sum(parts, weights, out, stride, width, TOP_K: tl.constexpr, BLOCK: tl.cons
 
 
 def run(
-    x: Tensor,
-    logits: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    out: Tensor,
-    top_k: int,
-    normalise: bool,
+    x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, out: Tensor, top_k: int, normalise: bool,
     tile: Tile | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """As `moe`; `tile` fixes what programs compute, None: by the number of tokens."""
     tokens, experts, hidden, inner = x.shape[0], down.shape[0], down.shape[1], down.shape[2]
     pairs = tokens * top_k

@@ -15,14 +15,8 @@ from minisgl.kernels.tuning import Config
 
 
 def rmsnorm(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    out: Tensor,
-    *,
-    version: str | None = None,
-    config: Config | None = None,
-) -> None:
+    x: Tensor, weight: Tensor, eps: float, out: Tensor, *, version: str | None = None, config: Config | None = None,
+) -> None:  # fmt: skip
     """out = x / sqrt(mean(x²) + eps) · weight over rows, in float32, rounded once (Zhang and Sennrich, 2019).
 
     Args:
@@ -38,15 +32,9 @@ def rmsnorm(
 
 
 def add_rmsnorm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    out: Tensor,
-    *,
-    version: str | None = None,
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, *, version: str | None = None,
     config: Config | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """residual += x, then out = rmsnorm(residual) of the sum as it is stored, rounded to its dtype.
 
     Arguments and errors as for `rmsnorm`; `residual` [T, H] is updated in place.

@@ -10,16 +10,9 @@ from minisgl.types import KernelError
 
 
 def sample_tokens(
-    logits: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
-    index: Tensor,
-    out: Tensor,
-    first: int = 0,
-    best: Tensor | None = None,
-    rows: Tensor | None = None,
-    last: Tensor | None = None,
-) -> None:
+    logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, out: Tensor, first: int = 0,
+    best: Tensor | None = None, rows: Tensor | None = None, last: Tensor | None = None,
+) -> None:  # fmt: skip
     """Chooses `out[r]`: the most likely token at temperature 0, else one drawn with `noise.gumbel_noise`.
 
     Args:

@@ -29,20 +29,9 @@ def _noise(seed, index, first, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sample_blocks(
-    logits,
-    stride,
-    temperature,
-    seeds,
-    index,
-    best,
-    place,
-    num_blocks,
-    vocab,
-    param_stride,
-    seed_stride,
-    first,
+    logits, stride, temperature, seeds, index, best, place, num_blocks, vocab, param_stride, seed_stride, first,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row, block = tl.program_id(0), tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row.to(tl.int64) * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
@@ -70,34 +59,16 @@ def _best_block(best, place, out, chosen_by, rows, last, num_blocks, BLOCKS: tl.
 
 
 def run(
-    logits: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
-    index: Tensor,
-    out: Tensor,
-    first: int,
-    chosen_by: Tensor | None,
-    rows: Tensor | None = None,
-    last: Tensor | None = None,
-) -> None:
+    logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, out: Tensor, first: int,
+    chosen_by: Tensor | None, rows: Tensor | None = None, last: Tensor | None = None,
+) -> None:  # fmt: skip
     """As `sample_tokens`."""
     count, vocab = logits.shape
     blocks = triton.cdiv(vocab, BLOCK)
     best = torch.empty(count, blocks, dtype=torch.float32, device=logits.device)
     place = torch.empty(count, blocks, dtype=torch.int32, device=logits.device)
     _sample_blocks[(count, blocks)](
-        logits,
-        logits.stride(0),
-        temperature,
-        seeds,
-        index,
-        best,
-        place,
-        blocks,
-        vocab,
-        temperature.stride(0),
-        seeds.stride(0),
-        first,
-        BLOCK=BLOCK,
-    )
+        logits, logits.stride(0), temperature, seeds, index, best, place, blocks, vocab, temperature.stride(0),
+        seeds.stride(0), first, BLOCK=BLOCK,
+    )  # fmt: skip
     _best_block[(count,)](best, place, out, chosen_by, rows, last, blocks, BLOCKS=triton.next_power_of_2(blocks))

@@ -12,15 +12,9 @@ from minisgl.kernels.tuning import Config
 
 
 def store(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor,
-    *,
-    version: str | None = None,
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, version: str | None = None,
     config: Config | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Writes `k[t]` and `v[t]` to slot `slots[t]` of the caches; a slot of -1 (or any out of range) writes nothing.
 
     Args:
