@@ -1,16 +1,19 @@
-"""Everything about several GPUs, in one command: tests, links, collectives, whole models, and what came of it.
+"""Everything about several GPUs, in one command: links, collectives, whole models, tests, and what came of it.
 
-    python benchmarks/multi_gpu.py OUT [--budget 480] [--steps tests comm ...] [--worlds 2 4]
+    python benchmarks/multi_gpu.py OUT [--budget 480] [--steps comm step ...] [--worlds 2 4]
 
 Needs this checkout and the packages of minisgl[cuda], pytest among those of [dev], and no network. Each step is made of
-processes that have a time of their own; one that fails or takes too long doesn't keep the next from running, and what
-no time is left for is named. OUT gets a log for each, the records, results.jsonl, and summary.json, which is printed.
+processes that have a time of their own, the most wanted first; one that fails or takes too long doesn't keep the next
+from running, and what no time is left for is named. OUT gets a log for each, the records, results.jsonl, and
+summary.json: written anew after each process, printed at the end.
 
-    env      clocks, links between the GPUs, bandwidths           (minisgl profile env)
-    comm     collectives by path and size, for each world         (minisgl profile comm)
-    tests    the communicator, tensor-parallel models, their ranks (pytest -m cuda tests/distributed)
+    comm     collectives by path and size, for each world; the start's parts (minisgl profile comm)
     step     one decode step at batch 64: how much communicates   (benchmarks/tp_step.py)
     offline  offline256 over 1, 2, 4 … GPUs                       (minisgl bench offline)
+    tests    the communicator, tensor-parallel models, their ranks (pytest -m cuda tests/distributed)
+    env      clocks, links between the GPUs, bandwidths           (minisgl profile env)
+
+What needs one GPU runs beside its like, each on a GPU of its own and a share of the CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ("env", "comm", "tests", "step", "offline")
+STEPS = ("comm", "step", "offline", "tests", "env")
 SHAPES = ("qwen3-8b", "qwen3-14b")
 KIB, MIB = 1 << 10, 1 << 20
 # Microseconds of an all-reduce on 2, 4 and 8 H100s, as published for a custom kernel; not measured by this project.
@@ -44,59 +47,89 @@ LINK_BYTES = 8 * MIB
 
 @dataclass(frozen=True)
 class Job:
-    """A process of a step. `limit_s` ends it. `files`: what it appends to or writes, for the summary."""
+    """A process of a step, which `limit_s` ends. `gpu`: the only one that it sees, else it has all."""
 
     name: str
     command: list[str]
     limit_s: float
+    gpu: int | None = None
 
 
-def jobs(steps: Sequence[str], worlds: Sequence[int], out: Path) -> Iterator[Job]:
-    """What is to run, the most wanted first."""
+def rounds(steps: Sequence[str], worlds: Sequence[int], out: Path) -> Iterator[list[Job]]:
+    """What is to run, the most wanted first; the jobs of a round run side by side."""
     python, results = sys.executable, str(out / "results.jsonl")
     minisgl = [python, "-m", "minisgl"]
-    table: dict[str, list[Job]] = {name: [] for name in STEPS}
-    table["env"] = [Job("env", [*minisgl, "profile", "env", "--quick", "--out", str(out)], 60)]
-    table["comm"] = [
-        Job(f"comm-{n}", [*minisgl, "profile", "comm", "--tp", str(n), "--out", str(out / f"comm-{n}")], 90)
+    comm = [
+        [Job(f"comm-{n}", [*minisgl, "profile", "comm", "--tp", str(n), "--out", str(out / f"comm-{n}")], 60)]
         for n in worlds
     ]
-    tests = [python, "-m", "pytest", "-q", "-x", "-m", "cuda", "-p", "no:cacheprovider"]
-    table["tests"] = [
-        Job("tests-comm", [*tests, "tests/distributed/test_comm_cuda.py"], 150),
-        Job("tests-models", [*tests, "tests/distributed/test_models.py"], 120),
-        Job("tests-ranks", [*tests, "tests/distributed/test_ranks_cuda.py"], 120),
+    command = [python, "benchmarks/tp_step.py", "--batch", "64", "--context", "512", "--save", results]
+    step = of_shapes("step", command, worlds, 60)
+    offline = of_shapes("offline", [*minisgl, "bench", "offline", "--save", results], worlds, 90)
+    pytest = [python, "-m", "pytest", "-q", "-x", "-m", "cuda", "-p", "no:cacheprovider"]
+    tests = [
+        [Job("tests-ranks", [*pytest, "tests/distributed/test_ranks_cuda.py"], 150)],
+        [Job("tests-comm", [*pytest, "tests/distributed/test_comm_cuda.py"], 150)],
+        [Job("tests-models", [*pytest, "tests/distributed/test_models.py"], 120)],
     ]
-    step = [python, "benchmarks/tp_step.py", "--batch", "64", "--context", "512", "--save", results]
+    env = [[Job("env", [*minisgl, "profile", "env", "--quick", "--out", str(out)], 60)]]
+    first = 1 + len(worlds)  # the rounds of the first shape
+    for name, part in (
+        ("comm", comm), ("step", step[:first]), ("offline", offline), ("step", step[first:]), ("tests", tests),
+        ("env", env),
+    ):  # fmt: skip
+        if name in steps:
+            yield from part
+
+
+def of_shapes(name: str, command: list[str], worlds: Sequence[int], limit_s: float) -> list[list[Job]]:
+    """`command` for the shapes on one GPU, all at once; then each shape over more."""
+    found = [[
+        Job(f"{name}-{shape}-1", [*command, "--shape", shape, "--tp", "1"], limit_s, gpu)
+        for gpu, shape in enumerate(SHAPES)
+    ]]  # fmt: skip
     for shape in SHAPES:
-        for n in (1, *worlds):
-            more = ["--shape", shape, "--tp", str(n)]
-            table["step"].append(Job(f"step-{shape}-{n}", [*step, *more], 75))
-            bench = [*minisgl, "bench", "offline", "--save", results, *more]
-            table["offline"].append(Job(f"offline-{shape}-{n}", bench, 120))
-    return (job for name in STEPS if name in steps for job in table[name])
+        more = ["--shape", shape, "--tp"]
+        found += [[Job(f"{name}-{shape}-{n}", [*command, *more, str(n)], limit_s)] for n in worlds]
+    return found
 
 
-def run(job: Job, out: Path, limit_s: float) -> dict[str, Any]:
-    """Runs `job`, its output in a log; what came of it."""
-    began, log = time.monotonic(), out / f"{job.name}.log"
+def run(jobs: Sequence[Job], out: Path, limit_s: float) -> list[dict[str, Any]]:
+    """Runs `jobs` side by side, the output of each in a log, for `limit_s` at most; what came of them."""
+    began = time.monotonic()
+    processes = [start(job, out, i, len(jobs)) for i, job in enumerate(jobs)]
+    done = []
+    for job, process in zip(jobs, processes, strict=True):
+        limit = min(job.limit_s, limit_s)
+        try:
+            code: int | str = process.wait(max(0.0, began + limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            code = f"ended after {limit:.0f} s"
+            os.killpg(process.pid, signal.SIGKILL)  # its ranks with it
+            process.wait()
+        seconds = time.monotonic() - began
+        last = (out / f"{job.name}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+        print(f"{job.name}: exit {code}, {seconds:.0f} s", *last, sep="\n    ", flush=True)
+        done.append({"job": job.name, "exit": code, "seconds": round(seconds, 1)})
+    return done
+
+
+def start(job: Job, out: Path, place: int, of: int) -> subprocess.Popen[bytes]:
+    """Starts `job`, the one at `place` of as many as share the CPU."""
     # an installed package, with its C++ extension, before the sources
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT / "src")]))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-    with log.open("w", encoding="utf-8") as file:
+    if job.gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[job.gpu] if visible else str(job.gpu)
+    cores = sorted(os.sched_getaffinity(0))
+    own = cores[place * len(cores) // of : (place + 1) * len(cores) // of] or cores
+    with (out / f"{job.name}.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            job.command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+            job.command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
         )
-        try:
-            code: int | str = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = f"ended after {limit_s:.0f} s"
-            os.killpg(process.pid, signal.SIGKILL)  # its ranks with it
-            process.wait()
-    seconds = time.monotonic() - began
-    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-    print(f"{job.name}: exit {code}, {seconds:.0f} s", *last, sep="\n    ", flush=True)
-    return {"job": job.name, "exit": code, "seconds": round(seconds, 1)}
+    os.sched_setaffinity(process.pid, own)
+    return process
 
 
 # -- what came of it -----------------------------------------------------------------------------------------------
@@ -168,15 +201,14 @@ def main() -> int:
     out: Path = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     end, done = time.monotonic() + args.budget, []
-    for job in jobs(args.steps, worlds, out):
+    for jobs in rounds(args.steps, worlds, out):
         left = end - time.monotonic()
         if left < 20:
-            done.append({"job": job.name, "exit": "no time left"})
-            continue
-        done.append(run(job, out, min(job.limit_s, left)))
-    summary = summarise(out, worlds, done)
-    text = json.dumps(summary, indent=1, allow_nan=True).replace("NaN", "null")
-    (out / "summary.json").write_text(text + "\n", encoding="utf-8")
+            done += [{"job": job.name, "exit": "no time left"} for job in jobs]
+        else:
+            done += run(jobs, out, left)
+        text = json.dumps(summarise(out, worlds, done), indent=1, allow_nan=True).replace("NaN", "null")
+        (out / "summary.json").write_text(text + "\n", encoding="utf-8")
     print(text)
     return int(any(job["exit"] != 0 for job in done))
 
