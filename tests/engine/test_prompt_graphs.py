@@ -248,6 +248,8 @@ def test_replayed_prompts_give_the_tokens_of_transformers(
         ids += [driver.add(prompt, PARAMS) for prompt in PROMPTS[3:]]
         driver.run()
         assert [driver.answers[id].tokens for id in ids] == expected
+    for i in (0, 0, 2, 2):
+        assert driver.ask([65 - i, *PROMPTS[i]], PARAMS).tokens and driver.ask(PROMPTS[i], PARAMS).tokens == expected[i]
     captured = [shape for shape, step in graphs.steps.items() if step.graph is not None]
     assert graphs.capturing and any(n for _, n, _ in captured) and any(not n for _, n, _ in captured)
     driver.close()
