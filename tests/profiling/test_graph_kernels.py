@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from minisgl.profiling.graph_kernels import OTHER, name_graph_kernels
-from minisgl.profiling.spans import Span
+from minisgl.profiling.spans import Span, short_name
 
 GRAPH = ("step", "decode 1", "forward")
 PRODUCT = "nvjet_sm90_tst_64x16_64x16_1x2_h_bz_TNT"
@@ -80,3 +80,17 @@ def test_experts() -> None:
 def test_what_an_operator_launched_stays_its_own(operator: str) -> None:
     path = ("step", "prefill 9", operator)
     assert named([PRODUCT, "qkv_post"], path) == [path, path]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "short"),
+    [
+        ("void at::native::(anonymous namespace)::indexSelect<int, long>(at::cuda::TensorInfo<int>)", "indexSelect"),
+        ("void cublasLt::splitKreduce_kernel<32, 16>(cublasLt::cublasSplitKParams<float>)", "splitKreduce_kernel"),
+        ("void reduce_kernel<512>(int)", "reduce_kernel"),
+        ("nvjet_sm90_tst_64x16_64x16_1x2_h_bz_TNT", "nvjet_sm90_tst_64x16_64x16_1x2_h_bz_TNT"),
+        ("Memcpy HtoD (Pinned -> Device)", "Memcpy HtoD (Pinned -> Device)"),
+    ],
+)  # fmt: skip
+def test_short_names_of_kernels(kernel: str, short: str) -> None:
+    assert short_name(kernel) == short

@@ -27,7 +27,7 @@ _PATTERNS = [(name, re.compile(pattern)) for name, pattern in _NAMED.items()]
 _PART = re.compile(r"splitK\w*reduce")  # of the product before it
 _AFTER_ATTENTION = ("o", "gate/up", "down")
 _OF_LAYER = {"qkv", "rope+store", "attention", *_AFTER_ATTENTION, "silu*mul", "router", "experts"}
-OTHER = "step inputs"
+OTHER = "inputs"
 _LAUNCH = ("forward", "decode", "prefill", "step", "layers")  # a path that ends in one of these names no operator
 
 
