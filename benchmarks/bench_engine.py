@@ -24,6 +24,7 @@ from minisgl.config import EngineConfig
 from minisgl.engine.engine import Engine
 from minisgl.engine.graphs import batch_sizes
 from minisgl.profiling.floor import kv_bytes, step_bytes
+from minisgl.profiling.settled import only_decodes
 from minisgl.profiling.shapes import SHAPES, shape_folder
 from minisgl.profiling.skinny import skinny_parts, switch
 from minisgl.types import SamplingParams
@@ -60,7 +61,7 @@ def bench_decode(engine: Engine, batch: int, context: int, steps: int) -> list[f
         prompt = random_prompt(max(1, context - steps // 2), engine.vocab_size)
         engine.add(f"decode{batch}-{i}", prompt, params)
     scheduler = engine.scheduler
-    while scheduler.waiting or any(r.num_total - r.num_computed > 1 for r in scheduler.running):
+    while not only_decodes(scheduler):
         engine.step()
     for _ in range(WARM_UP_STEPS):
         engine.step()

@@ -46,6 +46,7 @@ from minisgl.engine.runner import ModelRunner
 from minisgl.llm import LLM
 from minisgl.profiling import shapes
 from minisgl.profiling.floor import kv_bytes, step_bytes
+from minisgl.profiling.settled import only_decodes
 from minisgl.types import SamplingParams
 
 PARTS = ("start", "offline", "decode", "breakdown", "prefill", "host", "launch", "sampling", "mixed", "plain", "eager")
@@ -298,7 +299,7 @@ class Bench:
         for i in range(batch):
             self.engine.add(f"fill{i}", random_prompt(self.context, self.engine.vocab_size), params)
         scheduler = self.engine.scheduler
-        while scheduler.waiting or any(r.num_total - r.num_computed > 1 for r in scheduler.running):
+        while not only_decodes(scheduler):
             self.engine.step()
         for _ in range(4):
             self.engine.step()

@@ -1,12 +1,15 @@
 """What a decode step costs the host, without a device: everything but the kernels, which do nothing here.
 
-    python benchmarks/bench_host.py [--batches 1 32 256] [--steps 300] [--profile] [--no-save]
+    python benchmarks/bench_host.py [--batches 1 32 256] [--steps 300] [--cold] [--profile] [--no-save]
 
 A model of one narrow layer computes the prompts; from then on every step is the engine's own code around CUDA graphs
 that are empty. On a GPU a step costs a graph launch or two and two small copies more. Microseconds a step by part:
 
     schedule  which requests, which pages       launch  the graph's input words, and their copy
     collect   tokens to the requests            text    detokenizing, stop strings, deltas (OutputProcessor)
+
+Steps follow one another here with everything in the caches, where a GPU's come milliseconds apart; with --cold the
+core's caches are swept before each, which is nearer to what a GPU's host shows.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import append_line, environment, spread
 
@@ -28,6 +32,7 @@ from minisgl.config import EngineConfig
 from minisgl.engine.engine import Engine
 from minisgl.engine.graphs import Captured, DecodeGraphs, DecodeStep, batch_sizes
 from minisgl.models.hub import resolve_model
+from minisgl.profiling.settled import only_decodes
 from minisgl.text import OutputProcessor, load_text
 from minisgl.types import SamplingParams
 
@@ -37,6 +42,7 @@ SHAPE = {
     "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
 }  # fmt: skip
 PROMPT = 24  # tokens
+SWEPT = 64 << 20  # bytes: more than the caches of a core
 PARTS = ("schedule", "launch", "collect", "text")
 
 
@@ -83,17 +89,19 @@ def start(engine: Engine, batch: int, steps: int) -> OutputProcessor | None:
         engine.add(str(i), prompt, params)
         if output is not None:
             output.add(str(i), prompt, params)
-    while engine.scheduler.waiting or any(r.num_total - r.num_computed > 1 for r in engine.scheduler.running):
+    while not only_decodes(engine.scheduler):
         engine.step()
     return output
 
 
-def measure(engine: Engine, output: OutputProcessor | None, steps: int) -> dict[str, list[float]]:
+def measure(engine: Engine, output: OutputProcessor | None, steps: int, cold: bool) -> dict[str, list[float]]:
     """Microseconds of each part, a value a step."""
     times: dict[str, list[float]] = {part: [] for part in PARTS}
     clock = time.perf_counter
     handles = []
+    swept = np.zeros(SWEPT if cold else 0, np.uint8)
     for _ in range(steps):
+        swept += 1
         marks = [clock()]
         batch = engine.scheduler.schedule()
         marks.append(clock())
@@ -110,7 +118,7 @@ def measure(engine: Engine, output: OutputProcessor | None, steps: int) -> dict[
     return times
 
 
-def bench(batch: int, steps: int, profile: bool) -> dict[str, Any]:
+def bench(batch: int, steps: int, profile: bool, cold: bool) -> dict[str, Any]:
     engine = make_engine(batch)
     output = start(engine, batch, steps)
     while engine._in_flight:
@@ -118,12 +126,14 @@ def bench(batch: int, steps: int, profile: bool) -> dict[str, Any]:
     profiler = cProfile.Profile()
     if profile:
         profiler.enable()
-    times = measure(engine, output, steps)
+    times = measure(engine, output, steps, cold)
     if profile:
         profiler.disable()
         pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
     times["engine"] = [sum(values) for values in zip(*(times[p] for p in PARTS[:3]), strict=True)]
-    row = {"batch": batch} | {part: {k: round(v, 1) for k, v in spread(x).items()} for part, x in times.items()}
+    row = {"batch": batch, "cold": cold} | {
+        part: {k: round(v, 1) for k, v in spread(x).items()} for part, x in times.items()
+    }
     print(f"batch {batch:4}: " + "  ".join(f"{part} {row[part]['median']:7.1f}" for part in (*PARTS, "engine")) + " µs")
     return row
 
@@ -132,12 +142,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--steps", type=int, default=300, help="decode steps timed (default: 300)")
+    parser.add_argument("--cold", action="store_true", help="sweep the caches before every step")
     parser.add_argument("--profile", action="store_true", help="print what cProfile sees; times are longer then")
     parser.add_argument("--no-save", action="store_true", help="print only; append nothing to results/host.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with torch.inference_mode():
-        rows = [bench(batch, args.steps, args.profile) for batch in args.batches]
+        rows = [bench(batch, args.steps, args.profile, args.cold) for batch in args.batches]
     if not args.no_save:
         append_line("host.jsonl", environment("cpu") | {"bench": "host", "goal_us": 300, "rows": rows})
 

@@ -184,8 +184,8 @@ class SamplingParams:
 class Request:
     """One sequence as the engine sees it. The scheduler owns every field below `priority`.
 
-    `tokens` holds the ids known to the host: the prompt, then what was sampled and collected. `num_computed` counts
-    the positions whose forward pass was launched; `num_pending` the sampled ids that are still in flight.
+    `tokens` holds the ids known to the host: the prompt, then what was sampled and collected. What changes with every
+    step while a request runs is in the arrays of `engine.ledger`.
     """
 
     id: str
@@ -199,12 +199,10 @@ class Request:
     arrival: int = 0  # order of arrival, the tie-breaker everywhere
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
-    num_computed: int = 0
-    num_pending: int = 0
+    num_total: int = 0  # of a preempted request: its tokens, those included that were in flight
     num_cached: int = 0  # prompt tokens that came from the prefix cache at first admission
     num_preemptions: int = 0
     row: int = -1  # place in the runner's device-resident state while running
-    last_step: int = -1  # last step launched that includes this request
     pages: list[int] = field(default_factory=list)
     num_tree_pages: int = 0  # leading pages that the prefix tree owns
     node: int = -1  # locked node of the prefix tree
@@ -215,17 +213,8 @@ class Request:
         self.stop_ids = frozenset(self.params.stop_token_ids)
 
     @property
-    def num_total(self) -> int:
-        """Tokens that exist, known or in flight."""
-        return len(self.tokens) + self.num_pending
-
-    @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
-
-    @property
-    def finished(self) -> bool:
-        return self.status is RequestStatus.FINISHED
 
 
 @dataclass(frozen=True, slots=True)

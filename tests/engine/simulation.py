@@ -69,7 +69,7 @@ class Simulation:
 
     def step(self) -> None:
         batch = self.scheduler.schedule()
-        self.num_preempted_in_flight += sum(r.num_pending > 0 for r in batch.preempted)
+        self.num_preempted_in_flight += sum(r.num_total > len(r.tokens) for r in batch.preempted)
         if batch.requests:
             self.in_flight.append(self._launch(batch))
         while len(self.in_flight) > (self.lag if batch.requests else 0):
@@ -120,8 +120,8 @@ class Simulation:
                 assert id == writer or page not in pages, f"{writer} writes page {page}, in flight for {id}"
 
     def _collect(self, launched: Launched) -> None:
-        for request, reason in self.scheduler.collect(launched.batch, launched.tokens):
+        for request in self.scheduler.collect(launched.batch, launched.tokens):
             assert request.id not in self.ended, "a token came after the end"
             self.output[request.id].append(request.tokens[-1])
-            if reason is not None:
-                self.ended[request.id] = reason
+            if request.finish_reason is not None:
+                self.ended[request.id] = request.finish_reason

@@ -191,15 +191,13 @@ class Engine:
     def _collect(self, handle: StepHandle) -> list[TokenOutput]:
         with span("collect"):
             result = self.runner.collect(handle)
-        gained = self.scheduler.collect(handle.batch, result.tokens)
+        those = self.scheduler.collect(handle.batch, result.tokens)
         if not (result.logprobs or self.runner.prompt_logprobs):  # most steps, and most of a decode step's time here
-            return [TokenOutput(r.id, [r.tokens[-1]], _NONE, end, None, r.num_cached, _NONE) for r, end in gained]
+            return [TokenOutput(r.id, [r.tokens[-1]], _NONE, r.finish_reason, None, r.num_cached, _NONE) for r in those]
         place = {r.id: i for i, r in enumerate(handle.requests)}
-        return [self._output(request, reason, place, result) for request, reason in gained]
+        return [self._output(request, place, result) for request in those]
 
-    def _output(
-        self, request: Request, reason: FinishReason | None, place: dict[str, int], result: StepResult
-    ) -> TokenOutput:
+    def _output(self, request: Request, place: dict[str, int], result: StepResult) -> TokenOutput:
         """As `_collect`'s plain case, with what only some requests want."""
         unwanted = request.params.max_tokens == 0
         self.scheduler.output_tokens -= unwanted
@@ -207,7 +205,7 @@ class Engine:
         first = request.params.prompt_logprobs and request.num_output == 1
         return TokenOutput(
             request.id, [] if unwanted else [request.tokens[-1]], [logprob] if logprob and not unwanted else [],
-            FinishReason.LENGTH if unwanted else reason, num_cached=request.num_cached,
+            FinishReason.LENGTH if unwanted else request.finish_reason, num_cached=request.num_cached,
             prompt_logprobs=self.runner.prompt_logprobs.pop(request.id) if first else [],
         )  # fmt: skip
 

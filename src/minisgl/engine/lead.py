@@ -186,14 +186,14 @@ def checksums(scheduler: Scheduler) -> dict[str, int]:
         return zlib.crc32("\n".join(r.id for r in requests).encode())
 
     ledger, everybody = scheduler.ledger, scheduler.running + scheduler.waiting
-    counts = [n for r in everybody for n in (len(r.tokens), r.num_computed, r.num_pending, r.num_tree_pages, r.row)]
+    counts = [n for r in everybody for n in (len(r.tokens), r.num_total, r.num_tree_pages, r.row)]
     return {
         "step": scheduler.step,
         "free pages": zlib.crc32(array("i", ledger.free)),
         "cached pages": ledger.cache.num_pages if ledger.cache is not None else 0,
         "running requests": ids(scheduler.running),
         "waiting requests": ids(scheduler.waiting),
-        "lengths": zlib.crc32(array("i", counts)),
+        "lengths": zlib.crc32(array("i", [*counts, *(int(ledger.computed[r.row]) for r in scheduler.running)])),
         "last tokens": zlib.crc32(array("i", [r.tokens[-1] for r in everybody])),
         "pages of requests": zlib.crc32(array("i", [p for r in everybody for p in r.pages])),
     }

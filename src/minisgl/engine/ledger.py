@@ -27,16 +27,18 @@ class _Release:
 
 
 class PageLedger:
-    """Free pages and rows, and what requests hold of both."""
+    """Free pages and rows, and what requests hold of both.
+
+    Of the requests in rows, [num_rows] int32 each: `computed`, the positions whose forward pass was launched;
+    `last_step`, the last one launched that includes the request.
+    """
 
     def __init__(self, num_pages: int, page_size: int, num_rows: int, cache: PrefixCache | None) -> None:
-        self.num_pages = num_pages
-        self.page_size = page_size
-        self.num_rows = num_rows
-        self.cache = cache
+        self.num_pages, self.page_size, self.num_rows, self.cache = num_pages, page_size, num_rows, cache
         self.free = list(range(num_pages - 1, -1, -1))
         self.free_rows = list(range(num_rows - 1, -1, -1))
         self.deferred: list[_Release] = []
+        self.computed, self.last_step = np.zeros((2, num_rows), np.int32)
         self._collected = -1  # last step collected
 
     def _available(self) -> int:
@@ -49,7 +51,8 @@ class PageLedger:
             if self.cache is None or self._available() < num_pages:
                 return False
             self.free.extend(self.cache.evict(lacking).tolist())
-        request.pages.extend(self.free.pop() for _ in range(num_pages))
+        request.pages += self.free[: -num_pages - 1 : -1]
+        del self.free[len(self.free) - num_pages :]
         return True
 
     def admit(self, request: Request, watermark: int) -> bool:
@@ -77,15 +80,16 @@ class PageLedger:
                 return False
             request.node, request.pages = match.node, match.pages.tolist()
             request.num_tree_pages = len(request.pages)
-            request.num_computed = request.num_tree_pages * self.page_size
         took = self.take(request, needed - len(request.pages))
         assert took
         request.row = self.free_rows.pop()
+        self.computed[request.row] = request.num_tree_pages * self.page_size
+        self.last_step[request.row] = -1
         return True
 
     def _num_full_pages(self, request: Request) -> int:
         """Full pages of tokens that are both known and computed."""
-        return min(len(request.tokens), request.num_computed) // self.page_size
+        return min(len(request.tokens), int(self.computed[request.row])) // self.page_size
 
     def _insert(self, request: Request, num_pages: int) -> int:
         """Hands the first `num_pages` pages to the tree and locks them; the number it had before is returned."""
@@ -121,7 +125,7 @@ class PageLedger:
             count = max(self._num_full_pages(request), held)
             existing = max(self._insert(request, count), held)
             private = request.pages[held:existing] + request.pages[count:]
-        release = _Release(request.last_step, private, request.node, request.row)
+        release = _Release(int(self.last_step[request.row]), private, request.node, request.row)
         request.pages, request.num_tree_pages = [], 0
         request.node = request.row = -1
         if release.step > self._collected:

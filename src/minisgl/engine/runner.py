@@ -79,10 +79,7 @@ class ModelRunner:
         """Starts a step. On a CUDA device it returns before the step has run."""
         if batch.admitted:
             self._admit(batch.admitted)
-        requests = batch.requests
-        if not all(batch.samples):
-            requests = [r for r, s in zip(requests, batch.samples, strict=True) if s]
-        handle = StepHandle(batch, requests)
+        handle = StepHandle(batch, batch.sampled)
         if self.graphs is not None and self._is_plain_decode(batch):
             self._launch_graph(handle, self.graphs)
         else:

@@ -155,7 +155,7 @@ def _draw(
         filter_rows(logits, params, vocab, 0)
     elif filtered:
         tops = [rows[i].params.top_k or 0 for i in filtered]
-        part = filter_rows(logits[filtered], params.select(filtered), vocab, max(tops) if all(tops) else 0)
+        part = filter_rows(logits[filtered], RowParams(params.words[filtered]), vocab, max(tops) if all(tops) else 0)
         logits[filtered] = part.to(logits.dtype)
     return gumbel_argmax(logits, params, output_index, vocab)
 

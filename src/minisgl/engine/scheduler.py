@@ -1,7 +1,7 @@
 """Which tokens to compute next: pure policy over pages and counts. No tensors.
 
 One rule, no phases: a step hands out a budget of tokens, first one to every request that decodes, then chunks of
-prompts. Whatever a request lacks, `num_total - num_computed` positions, is what it still wants.
+prompts. Whatever a request lacks, tokens that aren't computed, is what it still wants.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class ScheduledBatch:
     counts: list[int] = field(default_factory=list)  # positions computed
     samples: list[bool] = field(default_factory=list)
     num_decodes: int = 0  # leading requests with one token
-    grown: list[int] = field(default_factory=list)  # places of decodes that gained a page
+    grown: list[tuple[int, int]] = field(default_factory=list)  # places of decodes that gained a page, and the page
+    ending: list[Request] = field(default_factory=list)  # sample their last token
     admitted: list[Request] = field(default_factory=list)  # got a row in this step
     preempted: list[Request] = field(default_factory=list)
     stalled: list[Request] = field(default_factory=list)  # wait for pages that an unfinished step still holds
@@ -41,6 +42,13 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         return sum(self.counts)
+
+    @property
+    def sampled(self) -> list[Request]:
+        """The requests for which the step samples a token."""
+        return (
+            self.requests if all(self.samples) else [r for r, s in zip(self.requests, self.samples, strict=True) if s]
+        )
 
     @property
     def output_index(self) -> list[int]:
@@ -64,21 +72,19 @@ class Scheduler:
         self, num_pages: int, page_size: int, max_running: int, max_batched_tokens: int, max_model_len: int,
         cache: PrefixCache | None, policy: str = "fcfs",
     ) -> None:  # fmt: skip
-        self.page_size = page_size
-        self.max_running = max_running
-        self.max_batched_tokens = max_batched_tokens
+        self.page_size, self.max_running, self.max_batched_tokens = page_size, max_running, max_batched_tokens
         self.max_total_tokens = min(max_model_len, num_pages * page_size)
         self.policy = policy
         self.ledger = PageLedger(num_pages, page_size, max_running, cache)
         self.requests: dict[str, Request] = {}  # not finished
         self.waiting: list[Request] = []  # sorted by _order
         self.running: list[Request] = []  # sorted by _order: the last one is preempted first
-        self.step = 0
-        self.num_arrived = 0
-        self.prompt_tokens = 0
-        self.cached_tokens = 0
-        self.output_tokens = 0
-        self.preemptions = 0
+        self._decoding: tuple[list[Request], np.ndarray] = [], np.empty(0, np.int64)  # `running` last, and its rows
+        # by row: the position where a decode is to be looked at, and the last where only for a page
+        self._until, self._last = np.zeros((2, max_running), np.int32)
+        self._stop_ids: set[int] = set()  # of all requests so far
+        self.step = self.num_arrived = 0
+        self.prompt_tokens = self.cached_tokens = self.output_tokens = self.preemptions = 0
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -104,6 +110,7 @@ class Scheduler:
         request.arrival = self.num_arrived
         self.num_arrived += 1
         self.requests[request.id] = request
+        self._stop_ids |= request.stop_ids
         insort(self.waiting, request, key=_order)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
@@ -131,6 +138,8 @@ class Scheduler:
                 budget = self._chunk(chunks, request, budget)
         if budget and self.waiting and not batch.stalled and not batch.preempted:
             self._admit(batch, chunks, budget)
+        if chunks:
+            batch.requests = batch.requests.copy()
         for request, count in sorted(chunks, key=lambda chunk: chunk[1] > 1):  # single tokens join the decodes
             self._append(batch, request, count)
             batch.num_decodes += count == 1
@@ -140,55 +149,86 @@ class Scheduler:
             self.ledger.cache_prefix(request)
         return batch
 
+    def _lacking(self, request: Request) -> int:
+        """Tokens of a running request, known or in flight, that aren't computed; the next one always is to come."""
+        return max(len(request.tokens) - int(self.ledger.computed[request.row]), 1)
+
     def _schedule_decodes(self, batch: ScheduledBatch) -> list[Request]:
         """One token for every request that wants just one; those that want more are returned.
 
-        This loop is a good part of a decode step's host time.
+        Only requests of which something must be decided are looked at: at batch 256 their objects, out of the caches
+        since the last step, would be most of its time.
         """
-        behind = []
-        page_size, step, requests, starts = self.page_size, self.step, batch.requests, batch.starts
-        append, append_start = requests.append, starts.append
-        for request in self.running.copy():
-            total = len(request.tokens) + request.num_pending
-            start = request.num_computed
-            if total - start != 1 or total >= request.max_total:
-                if total - start > 1:
-                    behind.append(request)
-                continue  # a prompt in chunks, or all its tokens are in flight
-            if start >= len(request.pages) * page_size:
-                if not self._grow(request, batch):
-                    continue
-                batch.grown.append(len(requests))
-            append(request)
-            append_start(start)
-            request.num_computed = total
-            request.num_pending += 1
-            request.last_step = step
-        batch.counts, batch.samples = [1] * len(requests), [True] * len(requests)
+        if self._decoding[0] != self.running:
+            self._decoding = self.running.copy(), np.array([r.row for r in self.running], np.int64)
+        (requests, rows), ledger = self._decoding, self.ledger
+        starts = ledger.computed[rows]
+        behind: list[Request] = []
+        batch.requests, out = requests, []
+        events = np.flatnonzero(starts >= self._until[rows])
+        if len(events):
+            left = self._extend(batch, events, rows[events], starts[events])
+            out = [i for i in left if not self._decide(requests[i], i, batch, behind)]
+        if out or batch.preempted:
+            decodes = np.array([r.status is RequestStatus.RUNNING for r in requests])
+            decodes[out] = False
+            kept = np.flatnonzero(decodes)
+            batch.grown = [(int(np.searchsorted(kept, i)), page) for i, page in batch.grown if decodes[i]]
+            batch.requests, rows, starts = [requests[i] for i in kept], rows[kept], starts[kept]
+        ledger.computed[rows] = starts + 1
+        ledger.last_step[rows] = self.step
+        batch.starts, count = starts.tolist(), len(rows)
+        batch.counts, batch.samples = [1] * count, [True] * count
         return behind
 
+    def _extend(self, batch: ScheduledBatch, places: np.ndarray, rows: np.ndarray, starts: np.ndarray) -> list[int]:
+        """Gives a page to each of the requests that need just that, if all can have one; the places of the others."""
+        simple = starts < self._last[rows]
+        if np.count_nonzero(simple) <= len(self.ledger.free):
+            self._until[rows[simple]] = np.minimum(starts + self.page_size, self._last[rows])[simple]
+            batch.grown = [(i, self.ledger.free.pop()) for i in places[simple].tolist()]
+            for i, page in batch.grown:
+                batch.requests[i].pages.append(page)
+            places = places[~simple]
+        return [int(i) for i in places]
+
+    def _decide(self, request: Request, place: int, batch: ScheduledBatch, behind: list[Request]) -> bool:
+        """Whether a request, the running ones' `place`th, decodes in this step. It gets a page if it needs one."""
+        start = int(self.ledger.computed[request.row])
+        if request.status is not RequestStatus.RUNNING or start + 1 >= request.max_total:
+            return False  # preempted for one before it, or all its tokens are in flight
+        if self._lacking(request) > 1:
+            behind.append(request)
+            return False
+        if start >= len(request.pages) * self.page_size:
+            if not self._grow(request, batch):
+                return False
+            batch.grown.append((place, request.pages[-1]))
+        if start + 2 == request.max_total:
+            batch.ending.append(request)
+        self._last[request.row] = request.max_total - 2
+        self._until[request.row] = min(len(request.pages) * self.page_size, request.max_total - 2)
+        return True
+
     def _append(self, batch: ScheduledBatch, request: Request, count: int) -> None:
-        start = request.num_computed
-        total = len(request.tokens) + request.num_pending
-        end = start + count
-        samples = end == total
+        start = int(self.ledger.computed[request.row])
+        end, total = start + count, start + self._lacking(request)
         batch.requests.append(request)
         batch.starts.append(start)
         batch.counts.append(count)
-        batch.samples.append(samples)
-        request.num_computed = end
-        request.num_pending += samples
-        request.last_step = self.step
+        batch.samples.append(end == total)
+        if end == total and end + 1 == request.max_total:
+            batch.ending.append(request)
+        self.ledger.computed[request.row] = end
+        self.ledger.last_step[request.row] = self.step
 
     def _chunk(self, chunks: list[tuple[Request, int]], request: Request, budget: int) -> int:
-        count = min(budget, request.num_total - request.num_computed)
+        count = min(budget, self._lacking(request))
         chunks.append((request, count))
         return budget - count
 
     def _grow(self, request: Request, batch: ScheduledBatch) -> bool:
         """One more page for a request that decodes, by preemption if need be. False: not in this step."""
-        if request.status is not RequestStatus.RUNNING:
-            return False  # preempted for one before it
         while not self.ledger.take(request, 1):
             victim = self.running[-1]
             if self.ledger.deferred or victim is self.running[0]:
@@ -200,11 +240,12 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request, batch: ScheduledBatch) -> None:
-        assert request.last_step < self.step, "a request that this step computes can't be preempted"
+        computed = int(self.ledger.computed[request.row])
+        assert self.ledger.last_step[request.row] < self.step, "a request that this step computes can't be preempted"
         self.running.remove(request)
         self.ledger.release(request)
         request.status = RequestStatus.PREEMPTED
-        request.num_computed = 0
+        request.num_total = max(len(request.tokens), computed + 1)
         request.num_preemptions += 1
         self.preemptions += 1
         insort(self.waiting, request, key=_order)
@@ -217,7 +258,7 @@ class Scheduler:
         for request in self._candidates():
             if budget == 0 or len(self.running) >= self.max_running or not self.ledger.free_rows:
                 break
-            if request.num_pending:
+            if request.num_total > len(request.tokens):
                 continue  # its last token is still in flight
             if self._try_admit(request):
                 batch.admitted.append(request)
@@ -246,8 +287,9 @@ class Scheduler:
             return False
         self.waiting.remove(request)
         insort(self.running, request, key=_order)
+        self._until[request.row] = self._last[request.row] = 0
         if request.status is RequestStatus.WAITING:
-            request.num_cached = request.num_computed
+            request.num_cached = int(self.ledger.computed[request.row])
             self.prompt_tokens += request.num_prompt
             self.cached_tokens += request.num_cached
         request.status = RequestStatus.RUNNING
@@ -256,30 +298,24 @@ class Scheduler:
 
     # -- results -------------------------------------------------------------------------------------------------
 
-    def collect(self, batch: ScheduledBatch, tokens: list[int]) -> list[tuple[Request, FinishReason | None]]:
+    def collect(self, batch: ScheduledBatch, tokens: list[int]) -> list[Request]:
         """Takes the sampled tokens of a batch, one for each request with `samples` set, in order.
 
         Returns:
-            The requests that gained a token, with the reason if it was their last.
+            The requests that gained a token; those whose last it was have a `finish_reason`.
         """
-        gained: list[tuple[Request, FinishReason | None]] = []
-        finished = RequestStatus.FINISHED
-        sampled = batch.requests
-        if len(tokens) < len(sampled):
-            sampled = [r for r, s in zip(sampled, batch.samples, strict=True) if s]
-        for request, token in zip(sampled, tokens, strict=True):
-            if request.status is finished:
-                continue
-            request.num_pending -= 1
-            request.tokens.append(token)
-            reason = None
-            if token in request.stop_ids:
-                reason = FinishReason.STOP
-            elif len(request.tokens) >= request.max_total:
-                reason = FinishReason.LENGTH
-            gained.append((request, reason))
-            if reason is not None:
-                self.finish(request, reason)
+        finished, gained = RequestStatus.FINISHED, []
+        for request, token in zip(batch.sampled, tokens, strict=True):
+            if request.status is not finished:
+                request.tokens.append(token)
+                gained.append(request)
+        if not self._stop_ids.isdisjoint(tokens):
+            for request in gained:
+                if request.tokens[-1] in request.stop_ids:
+                    self.finish(request, FinishReason.STOP)
+        for request in batch.ending:
+            if request.status is not finished:
+                self.finish(request, FinishReason.LENGTH)
         self.output_tokens += len(gained)
         self.ledger.collected(batch.step)
         return gained
@@ -292,7 +328,8 @@ class Scheduler:
         assert self.waiting == sorted(self.waiting, key=_order)
         assert len(self.running) <= self.max_running
         for request in self.waiting:
-            assert not request.pages and request.row == -1 and request.num_computed == 0
+            assert not request.pages and request.row == -1
         for request in self.running:
-            assert request.num_computed <= request.num_total <= request.max_total
-            assert len(request.pages) * self.page_size >= request.num_computed
+            computed = self.ledger.computed[request.row]
+            assert computed < request.max_total and len(request.tokens) <= request.max_total
+            assert len(request.pages) * self.page_size >= computed

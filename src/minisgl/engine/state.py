@@ -7,7 +7,7 @@ the step before sampled, is read from the rows, so that a step can be launched b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,8 +55,7 @@ class Mailbox:
         self._keep = inbox, outbox  # what aliases don't
         self._turn = torch.zeros(1, dtype=torch.int64, device=device)
         self._slot = 0
-        events = (torch.cuda.Event() for _ in range(RING if pinned else 0))  # type: ignore[no-untyped-call]
-        self._done: list[torch.cuda.Event] = list(events)
+        self._done = [torch.cuda.Event() for _ in range(RING if pinned else 0)]  # type: ignore[no-untyped-call]
 
     def reset(self, size: int = 0) -> None:
         """The next step takes slot 1, which has words for `size` requests that aren't there. Nothing may be running."""
@@ -113,8 +112,7 @@ def alias(x: Tensor, device: torch.device) -> Tensor:
     return torch.as_tensor(View(), device=device).view(x.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Past:
+class Past(NamedTuple):
     """What penalties depend on. tokens: [R, L] int32, at their positions, anything beyond a request's last.
 
     penalties: [R, 3] float32: repetition (1: none), frequency, presence.
@@ -143,7 +141,7 @@ class DeviceRows:
         self.penalties = torch.zeros(num_rows + 1, 3, device=device)
         self.tokens = torch.empty(num_rows, 0, dtype=torch.int32, device=device)
         self.tables = RowTables(self.page_table, self.lengths, self.last_token, self.params)
-        self._known = [0] * num_rows  # pages of each row that the device has
+        self._known = np.zeros(num_rows, np.int32)  # pages of each row that the device has
         self._decoding: tuple[Sequence[Request], np.ndarray] = [], np.empty(0, np.int32)  # last, and their rows
 
     def admit(self, request: Request) -> None:
@@ -155,25 +153,25 @@ class DeviceRows:
         """[2, D] int32: places in the table, flat, and pages that the requests hold and the device doesn't know yet."""
         places: list[int] = []
         found: list[int] = []
-        known, width = self._known, self.page_table.shape[1]
+        known, width = self._known.tolist(), self.page_table.shape[1]
         for request in requests:
             row, pages = request.row, request.pages
             if known[row] < len(pages):
                 places += range(row * width + known[row], row * width + len(pages))
                 found += pages[known[row] :]
-                known[row] = len(pages)
+                self._known[row] = len(pages)
         return np.array([places, found], np.int32)
 
-    def decode_words(self, requests: Sequence[Request], grown: Sequence[int], words: np.ndarray) -> None:
-        """Fills `words` [3, R], see `kernels.prepare`, for requests that decode; those at `grown` gained a page."""
+    def decode_words(self, requests: Sequence[Request], grown: Sequence[tuple[int, int]], words: np.ndarray) -> None:
+        """Fills `words` [3, R], see `kernels.prepare`, for requests that decode; of `grown`, places gained pages."""
         if requests != self._decoding[0]:  # mostly they are those of the step before
             self._decoding = requests, np.array([r.row for r in requests], np.int32)
         words[0, : len(requests)] = self._decoding[1]
-        for i in grown:
-            row, held = requests[i].row, len(requests[i].pages)
-            assert held - self._known[row] == 1
-            words[1:, i] = held - 1, requests[i].pages[-1]
-            self._known[row] = held
+        if grown:
+            places, pages = np.array(grown, np.int32).T
+            rows = self._decoding[1][places]
+            words[1, places], words[2, places] = self._known[rows], pages
+            self._known[rows] += 1
 
     def write_pages(self, deltas: Tensor) -> None:
         """Enters `page_deltas` [2, D]."""
@@ -216,13 +214,8 @@ class RowParams:
     """Lines of `DeviceRows.params` by name: each [R]."""
 
     def __init__(self, words: Tensor) -> None:
+        self.words = words
         self.temperature, self.top_p, self.min_p = words[:, :3].view(torch.float32).unbind(1)
         self.top_k = words[:, 3]
         self.seed = words.view(torch.int64)[:, 2]
         self.num_prompt = words[:, 6]
-
-    def select(self, index: list[int]) -> RowParams:
-        chosen = object.__new__(RowParams)
-        for name, value in vars(self).items():
-            setattr(chosen, name, value[index])
-        return chosen

@@ -21,6 +21,7 @@ from minisgl.engine.engine import Engine
 from minisgl.profiling.decode_costs import OperatorCost, decode_costs
 from minisgl.profiling.roofline import floor
 from minisgl.profiling.served import EngineCapture, route
+from minisgl.profiling.settled import only_decodes
 from minisgl.profiling.spans import Span, exclusive
 from minisgl.profiling.timeline import partition
 from minisgl.timing import span
@@ -89,7 +90,7 @@ def measure(engine: Engine, batch: int, context: int, steps: int) -> StepProfile
         reference = _captured(engine, 1)
         engine.runner.graphs = graphs
         spans = name_graph_kernels(spans, reference)
-    seen = statistics.mean(r.num_total for r in engine.scheduler.requests.values())
+    seen = statistics.mean(len(r.tokens) for r in engine.scheduler.requests.values())
     costs = decode_costs(engine, batch, round(seen))
     return profile_of(spans, statistics.median(plain), seen, costs, route(engine))
 
@@ -107,7 +108,7 @@ def _fill(engine: Engine, batch: int, context: int, steps: int) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=further, ignore_eos=True).resolve({}, ())
     for i in range(batch):
         engine.add(f"step-{i}", array("i", (rng.randrange(engine.vocab_size) for _ in range(context))), params)
-    while any(r.num_total - r.num_computed > 1 or not r.num_output for r in engine.scheduler.requests.values()):
+    while not only_decodes(engine.scheduler) or not all(r.num_output for r in engine.scheduler.requests.values()):
         engine.step()
         if len(engine.scheduler.requests) < batch:
             raise ConfigError(f"{batch} requests of {context} tokens don't fit at once; raise --num-pages")
