@@ -3,8 +3,9 @@
     python benchmarks/tp_step.py --shape qwen3-8b --tp 2 [--batch 64] [--context 512] [--steps 30] [--save FILE]
 
 Random weights of the model's shape, tokens drawn at temperature 0.6. The step's time is the mean over `--steps`,
-without a profiler. On a GPU rank 0's kernels are then traced over as many steps: those of NCCL and of torch's symmetric
-memory are communication. What a rank waits for another counts as communication too, since it waits in them.
+without a profiler. On a GPU rank 0's kernels are then traced over as many steps: those of NCCL, of torch's symmetric
+memory and our one-shot sum are communication. What a rank waits for another counts as communication too, since it
+waits in them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from minisgl.engine.lead import make_engine
 from minisgl.profiling.shapes import SHAPES, shape_folder
 from minisgl.types import SamplingParams
 
-COMMUNICATION = ("nccl", "_shot_all_reduce")  # in the names of kernels
+COMMUNICATION = ("nccl", "one_shot", "two_shot")  # in the names of kernels
 WARM_UP = 8
 
 
@@ -54,7 +55,8 @@ def step_us(engine: Engine, steps: int) -> list[float]:
 
 def kernels_us(engine: Engine, steps: int) -> dict[str, Any]:
     """What rank 0's kernels take in a step, and those that communicate by name."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as traced:
+    # not torch.profiler's: it imports the compiler, for ten seconds
+    with torch.autograd.profiler.profile(use_cpu=False, use_device="cuda", use_kineto=True) as traced:
         step_us(engine, steps)
         torch.cuda.synchronize()
     events = [e for e in traced.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]

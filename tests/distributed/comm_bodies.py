@@ -181,3 +181,33 @@ def every_path(group: TPGroup) -> None:
 
 def environment(group: TPGroup, name: str) -> str | None:
     return os.environ.get(name)
+
+
+def one_shot(group: TPGroup, folder: str) -> None:
+    """Our kernel, run by Triton's interpreter: each rank writes to slots that all map, as GPUs map one another's."""
+    import interpreter  # noqa: F401  # before the kernel
+
+    from minisgl.distributed.triton_one_shot import MOST_ONE_SHOT, NUM_SLOTS, OneShot
+
+    count = group.size * NUM_SLOTS
+    slots = [torch.from_file(f"{folder}/{r}", True, count, dtype=torch.int64) for r in range(group.size)]
+    run = OneShot([s.data_ptr() for s in slots], group.rank, torch.device("cpu"))
+    group.barrier()
+    for turn in range(3):
+        for numbers, dtype in ((8, torch.bfloat16), (5000, torch.bfloat16), (4, torch.float32), (3000, torch.float32)):
+            inputs = [of_rank(rank + turn, (numbers,), dtype) for rank in range(group.size)]
+            whole = torch.full((numbers + 64,), -7.0, dtype=dtype)
+            whole[:numbers] = inputs[group.rank]
+            run(whole[:numbers])
+            assert torch.equal(whole[:numbers], torch.stack(inputs).sum(0).to(dtype)), (turn, numbers, dtype)
+            assert bool((whole[numbers:] == -7).all())
+    rough = torch.randn(4096, generator=torch.Generator().manual_seed(group.rank)).bfloat16()
+    every = group.all_gather(rough.float()[None]).view(group.size, -1)
+    run(rough)
+    assert torch.allclose(rough.float(), every.sum(0), rtol=2**-7, atol=1e-6)  # the interpreter cuts off, GPUs round
+    assert bool((group.all_gather(rough.float()[None]).view(group.size, -1) == rough.float()).all())
+    group.barrier()
+    run.stop.fill_(1)
+    if group.rank == 0:  # the others don't come
+        run(torch.zeros(MOST_ONE_SHOT // 64))
+    group.barrier()

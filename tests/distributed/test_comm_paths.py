@@ -145,9 +145,13 @@ def test_paths_that_cannot_take_a_tensor_are_left_out() -> None:
     assert reduce.path_of(torch.zeros(9)[1:]) == "registered_copy"  # begins 4 bytes into its storage
     assert reduce.path_of(torch.zeros(8, dtype=torch.float16)) == "registered_copy"
     assert reduce.path_of(torch.zeros(2, dtype=torch.int64)) == "registered_copy"
-    slow = {path: {1 << 20: times[KIB]} for path, times in FAST_SHOTS.items()}
+    slow = {path: {1 << 21: times[KIB]} for path, times in FAST_SHOTS.items()}
     reduce = reducer(slow)
-    assert reduce.path_of(torch.zeros(1 << 10)) == "one_shot"  # 4 KiB: fits the smaller workspace
+    assert reduce.path_of(torch.zeros(1 << 18)) == "one_shot"
+    assert reduce.path_of(torch.zeros((1 << 18) + 4)) == "direct"
+    del slow["one_shot"]
+    reduce = reducer(slow)
+    assert reduce.path_of(torch.zeros(1 << 10)) == "two_shot_copy"  # 4 KiB: fits the smaller workspace
     assert reduce.path_of(torch.zeros((1 << 10) + 4)) == "registered_copy"
     assert reduce.path_of(torch.zeros((1 << 14) + 4)) == "direct"
 
@@ -232,3 +236,10 @@ def test_ranks_meet_whatever_their_processes_exchanged_before() -> None:
     with ThreadPoolExecutor(2) as threads:
         answers = list(threads.map(exchange, (0, 1), (0, 17)))
     assert answers == [[b"\0", b"\1"] * 4] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_shot_gives_the_sum_under_the_interpreter(size: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    run_world(size, bodies.one_shot, str(tmp_path))

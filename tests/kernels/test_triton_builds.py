@@ -43,6 +43,7 @@ def build(function: Any, capability: int, pointers: dict[str, str], constants: d
 
 
 def main() -> None:
+    from minisgl.distributed import triton_one_shot as one_shot
     from minisgl.kernels.prepare import triton_v1 as prepare
     from minisgl.kernels.sample import triton_filter
     from minisgl.kernels.sample import triton_v1 as sample
@@ -58,6 +59,10 @@ def main() -> None:
             build(triton_filter._filter, capability, {"logits": kind} | floats, constants, triton_filter.WARPS)
             pointers = {"logits": kind, "temperature": "fp32", "seeds": "i64", "index": "i32", "best": "fp32"}
             build(sample._sample_blocks, capability, pointers | {"place": "i32"}, {"BLOCK": sample.BLOCK})
+        for size, bf16 in ((1, True), (2, False), (8, True)):
+            constants = {"ROOM": one_shot.MOST_ONE_SHOT // 4, "SIZE": size, "BLOCK": one_shot.BLOCK, "BF16": bf16}
+            pointers = {"x": "i32", "slots": "i64", "calls": "i32", "stop": "i32"}
+            build(one_shot._one_shot, capability, pointers, constants)
         pointers = {"best": "fp32", "place": "i32", "out": "i64", "rows": "i32", "last": "i32"}
         build(sample._best_block, capability, pointers, {"chosen_by": None, "BLOCKS": 64})
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minisgl.distributed.paths import ANYWHERE, NEEDS, PathTable
+from minisgl.distributed.paths import ANYWHERE, MOST_ONE_SHOT, NEEDS, PathTable
 
 Run = Callable[[Tensor], None]  # sums its argument over the ranks, in place
-SHOT_DTYPES = (torch.float32, torch.bfloat16)  # that torch's symmetric memory adds up
-_ALIGN = 16  # bytes that its kernels load at a time
+SHOT_DTYPES = (torch.float32, torch.bfloat16)  # that the shots add up
+_ALIGN = 16  # bytes that torch's kernels load at a time
 
 
 class AllReduce:
@@ -77,7 +77,7 @@ class AllReduce:
 
     def limit(self, path: str) -> float:
         """Bytes of the largest tensor that `path` can take."""
-        return self.places[NEEDS[path]].nbytes if path in NEEDS else math.inf
+        return self.places[NEEDS[path]].nbytes if path in NEEDS else MOST_ONE_SHOT if path == "one_shot" else math.inf
 
     def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Where writing into a workspace is faster than any way of a tensor from elsewhere: that workspace."""

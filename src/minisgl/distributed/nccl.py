@@ -80,7 +80,8 @@ class NcclCommunicator:
         if self._all(found is not None) and found is not None:
             self._symmetric = found
             self.reduce.add("two_shot", found.two_shot, found.bytes)
-            self.reduce.paths["one_shot"] = found.one_shot
+            if found.one_shot is not None:
+                self.reduce.paths["one_shot"] = found.one_shot
 
     def _all(self, flag: bool) -> bool:
         """Whether `flag` is true on every rank."""

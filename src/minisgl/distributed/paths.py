@@ -5,7 +5,8 @@ Nothing here communicates or touches a GPU. A path's name says what it does (`nc
 - `direct`: NCCL on the caller's tensor.
 - `registered`: NCCL on a tensor in the buffer that is registered as a symmetric window; `registered_copy`: the caller's
   tensor is copied there and back.
-- `one_shot`: every rank reads all others' data (a tensor from anywhere; the kernel copies it to where they read it).
+- `one_shot`: every rank writes its data to all others, which add up what comes (a tensor from anywhere, of up to
+  MOST_ONE_SHOT bytes), by a kernel of ours: `triton_one_shot.py`.
 - `two_shot`: every rank sums its share, then writes it to all others, for a tensor in torch's symmetric memory;
   `two_shot_copy`: the caller's tensor is copied there and back.
 """
@@ -26,7 +27,7 @@ from minisgl.gguf_file import cache_dir, write_atomically
 ANYWHERE = ("direct", "one_shot", "two_shot_copy", "registered_copy")  # for a tensor of the caller's
 # The workspace that a path needs; its name is that of the path for tensors that lie in it.
 NEEDS = {p: p.removesuffix("_copy") for p in ("registered", "registered_copy", "two_shot", "two_shot_copy")}
-NEEDS["one_shot"] = "two_shot"
+MOST_ONE_SHOT = 1 << 20
 
 
 class Machine(msgspec.Struct, frozen=True):

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import itertools
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch._C._distributed_c10d import Store, _register_process_group, _SymmetricMemory
 
-from minisgl.distributed.allreduce import view_of
+if TYPE_CHECKING:
+    from minisgl.distributed.triton_one_shot import OneShot
 
 _numbers = itertools.count()
 
@@ -37,12 +39,17 @@ class SymmetricBuffer:
         self._handle = handle = _SymmetricMemory.rendezvous(self.bytes, self.name)
         # Signals of the ranks, by receiver: a sender waits for 0 and puts 1, a receiver waits for 1 and puts 0.
         self._signals = [handle.get_signal_pad(r).view(torch.int32) for r in range(handle.world_size)]
+        self.one_shot = self._one_shot(device) if handle.world_size.bit_count() == 1 else None
         self._set, self._clear = torch.ones_like(self._signals[0]), torch.zeros_like(self._signals[0])
 
-    def one_shot(self, x: Tensor) -> None:
-        """Sum of `x` over the ranks, in place: each thread copies its part of `x` in, waits, and adds up all ranks'."""
-        place = view_of(self.bytes, tuple(x.shape), x.dtype)
-        torch.ops.symm_mem.one_shot_all_reduce_copy_out(place, x, "sum", self.name, x)
+    def _one_shot(self, device: torch.device) -> OneShot:
+        from minisgl.distributed.triton_one_shot import NUM_SLOTS, OneShot
+
+        shape, size = (self._handle.world_size * NUM_SLOTS,), self._handle.world_size
+        self._slots = _SymmetricMemory.empty_strided_p2p(shape, (1,), torch.int64, device).zero_()
+        torch.cuda.synchronize(device)  # before anybody may write there
+        self._reach = reach = _SymmetricMemory.rendezvous(self._slots, self.name)
+        return OneShot([reach.get_buffer(r, shape, torch.int64).data_ptr() for r in range(size)], reach.rank, device)
 
     def two_shot(self, x: Tensor) -> None:
         """Sum over the ranks, in place, of a tensor at the beginning of the buffer."""
@@ -57,6 +64,8 @@ class SymmetricBuffer:
         device, end = self.bytes.device, time.monotonic() + seconds
         with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
             while not torch.cuda.default_stream(device).query() and time.monotonic() < end:
+                if self.one_shot is not None:
+                    self.one_shot.stop.copy_(self._set[:1])
                 for rank, signals in enumerate(self._signals):
                     signals.copy_(self._set if rank == self._handle.rank else self._clear)
 
