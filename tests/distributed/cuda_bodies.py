@@ -98,7 +98,6 @@ def collectives(group: TPGroup) -> None:
                 if width % group.size == 0:
                     assert torch.equal(group.reduce_scatter(mine), added.chunk(group.size, -1)[group.rank])
                 assert torch.equal(group.all_reduce(mine), added)
-    group.barrier()
 
 
 def workspaces(group: TPGroup) -> list[str]:
@@ -227,7 +226,7 @@ def after_close(group: TPGroup) -> str:
 
     from minisgl.types import CommunicationError
 
-    group.barrier()
+    group.all_reduce(torch.zeros(1))
     if group.size == 1:
         with tempfile.TemporaryDirectory() as folder:
             second = TPGroup(0, 1, communicator(0, 1, device_of(group), Path(folder), 60.0))
@@ -250,7 +249,7 @@ def second_group(group: TPGroup, folder: str) -> list[str]:
         (alone := Path(folder) / "alone").mkdir()
         communicator(0, 1, device, alone, 60.0).close()
         (Path(folder) / "all").mkdir()
-    group.barrier()
+    group.all_reduce(torch.zeros(1))
     second = TPGroup(group.rank, group.size, communicator(group.rank, group.size, device, Path(folder) / "all", 60.0))
     paths = reduce_of(second).paths
     for path, run in paths.items():

@@ -31,9 +31,6 @@ class Communicator(Protocol):
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum of `x` [size, ...] over the ranks, of which this rank gets its own row [...]."""
 
-    def barrier(self) -> None:
-        """Returns once every rank's host has called it."""
-
     def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """See `TPGroup.workspace`."""
 
@@ -94,7 +91,10 @@ class TPGroup:
         return total // self.size
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum of `x` over the ranks, in place; returns `x`. No copies are made of a tensor from `workspace`."""
+        """Sum of `x` over the ranks, in place; returns `x`. No copies are made of a tensor from `workspace`.
+
+        Of a tensor on the CPU, it returns once every rank's host has called it.
+        """
         if self.backend is not None:
             with _typed("all_reduce", self.rank, self.size):
                 whole = x.contiguous()
@@ -125,12 +125,6 @@ class TPGroup:
         parts = x.reshape(*x.shape[:-1], self.size, width).movedim(-2, 0).contiguous()  # [size, ..., d]
         with _typed("reduce_scatter", self.rank, self.size):
             return self.backend.reduce_scatter(parts)
-
-    def barrier(self) -> None:
-        """Returns once every rank's host has called it; says nothing of work queued on a GPU."""
-        if self.backend is not None:
-            with _typed("barrier", self.rank, self.size):
-                self.backend.barrier()
 
     def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """A buffer of `shape` for a projection to write into (`out=`), so that `all_reduce` of it needs no copy.

@@ -120,9 +120,6 @@ class NcclCommunicator:
             self._try(self._comm.reduce_scatter, x, out, self._sum, stream=_stream())
         return out
 
-    def barrier(self) -> None:
-        self.host.barrier()
-
     def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         return self.reduce.workspace(shape, dtype)
 

@@ -69,14 +69,10 @@ def gloo_group(rank: int, size: int, store: Store, timeout_s: float, keys: Store
     group = dist.ProcessGroup(keys or PrefixStore("group", store), rank, size)
     group._register_backend(CPU, dist.ProcessGroup.BackendType.GLOO, gloo)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-    host_barrier(group)  # nobody leaves before everybody has reached everybody: that would fail their start
+    group.allreduce(
+        torch.zeros(1)
+    ).wait()  # nobody leaves before everybody has reached everybody: that would fail their start
     return group
-
-
-def host_barrier(group: dist.ProcessGroup) -> None:
-    options = dist.BarrierOptions()
-    options.device = CPU
-    group.barrier(options).wait()
 
 
 def nccl_group(rank: int, size: int, store: Store, timeout_s: float, host: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -113,9 +109,6 @@ class TorchCommunicator:
         out = torch.empty_like(x[0])
         self.group.reduce_scatter(out, list(x.unbind())).wait()
         return out
-
-    def barrier(self) -> None:
-        host_barrier(self.group)
 
     def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         return None
