@@ -26,7 +26,10 @@ from minisgl.profiling.replay import replay_us
 from minisgl.profiling.shapes import SHAPES
 from minisgl.types import KernelError
 
-MODELS = ("qwen3-0.6b", "qwen3-8b", "qwen3-4b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-14b", "smollm2")
+MODELS = (
+    "qwen3-0.6b", "qwen3-8b", "qwen3-4b", "llama-3.2-1b", "llama-3.2-3b", "mistral-7b", "qwen3-14b", "qwen3-30b-a3b",
+    "smollm2",
+)  # fmt: skip
 BATCHES = (1, 8, 16, 32, 64)  # each the largest of its bucket
 DTYPE = torch.bfloat16
 ENGINE = KERNEL.versions[0].name  # the version that the engine runs
@@ -34,13 +37,14 @@ TILINGS = {"v3": tiling, "v3 close": tiling, "v2": tiling_v2}
 
 
 def products(model: str, batch: int) -> Iterator[tuple[str, Shape]]:
-    """Name and shape of each product of a layer, and of the LM head."""
+    """Name and shape of each product of a layer, and of the LM head; experts have kernels of their own."""
     config = SHAPES[model]
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     dim = config.get("head_dim", hidden // heads)
     qkv = (heads + 2 * config["num_key_value_heads"]) * dim
-    yield "gate_up", case(batch, 2 * inner, hidden, norm=1, gated=1)
-    yield "down", case(batch, hidden, inner, add=1)
+    if "num_experts" not in config:
+        yield "gate_up", case(batch, 2 * inner, hidden, norm=1, gated=1)
+        yield "down", case(batch, hidden, inner, add=1)
     yield "qkv", case(batch, qkv, hidden, norm=1)
     yield "o", case(batch, hidden, heads * dim, add=1)
     yield "head", case(batch, config["vocab_size"], hidden)

@@ -6,6 +6,7 @@ The clock is `time.perf_counter_ns`, on Linux the system's monotonic clock: the 
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -35,6 +36,14 @@ class Span:
     @property
     def us(self) -> float:
         return (self.end - self.start) / 1e3
+
+
+def short_name(kernel: str) -> str:
+    """A C++ kernel's name without return type, namespaces and what it was made and called with; others as they are."""
+    plain = kernel.removeprefix("void ").replace("(anonymous namespace)::", "")
+    if not kernel.startswith("void ") and "::" not in plain:
+        return kernel
+    return re.split(r"[<(]", plain, maxsplit=1)[0].rpartition("::")[2] or kernel
 
 
 def exclusive(spans: Iterable[Span]) -> list[Span]:

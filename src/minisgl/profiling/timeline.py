@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
-from minisgl.profiling.spans import Span, exclusive
+from minisgl.profiling.spans import Span, exclusive, short_name
 from minisgl.types import MinisglError
 
 _ORDER = {"gpu": 3, "engine": 2, "server": 1, "client": 0}
@@ -112,7 +112,7 @@ def _piece(active: Sequence[Span], at: int, until: int, on_gpu: bool) -> Piece:
 def operator_of(kernel: Span) -> str:
     """The operator that launched a kernel; for those of a CUDA graph, and others that none did, the kernel's name."""
     inner = kernel.path[-1] if kernel.path else "forward"
-    return kernel.name if inner.startswith((*_CONTAINERS, "sample", "collect")) else inner
+    return short_name(kernel.name) if inner.startswith((*_CONTAINERS, "sample", "collect")) else inner
 
 
 def _join(pieces: Iterable[Piece]) -> list[Piece]:

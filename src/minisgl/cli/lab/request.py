@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _capture(server: Server, prompt: str, max_tokens: int, warm_up: int) -> tuple[Answered, list[Span], dict[str, Any]]:
     """One captured request, after others as long; each begins otherwise, so that none finds its prefix cached."""
+    from minisgl.profiling.graph_kernels import name_graph_kernels
     from minisgl.profiling.spans import Recorder, read_trace
 
     others = (f"{i}. {prompt}" for i in itertools.count(1))
@@ -89,4 +90,4 @@ def _capture(server: Server, prompt: str, max_tokens: int, warm_up: int) -> tupl
     spans, facts = read_trace(path)
     path.unlink()
     mine = [s for s in spans if s.end >= answered.sent and s.start <= answered.last]
-    return answered, mine + recorder.spans(), facts
+    return answered, name_graph_kernels(mine) + recorder.spans(), facts

@@ -13,6 +13,7 @@ from minisgl.profiling.report.kernels import SWEEPS, classify
 from minisgl.profiling.report.markdown import lookup, missing, number, origin, percent, section, spread, table, words
 from minisgl.profiling.report.sources import Sources, command
 from minisgl.profiling.rulings import measured
+from minisgl.profiling.spans import short_name
 
 MOST_ROWS = 20  # of a ranked list
 _ENGINE = {claim.id: claim.engine for claim in load_claims()}
@@ -58,7 +59,7 @@ def _step_opportunities(record: Record | None) -> list[tuple[float, str, str, st
         if left >= 0.01:
             why = f"{number(row['us'])} µs, floor {number(row.get('floor_us') or 0.0)}"
             near = (row.get("fraction") or 0.0) >= 0.5
-            found.append((left, f"{row['operator']} ({row['kernel']})", f"up to {percent(left)} of a step",
+            found.append((left, f"{row['operator']} ({short_name(row['kernel'])})", f"up to {percent(left)} of a step",
                           "medium" if near else "large", why))  # fmt: skip
     gaps = (lookup(record, "gaps_us") or 0.0) / whole
     if gaps >= 0.01:

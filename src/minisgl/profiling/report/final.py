@@ -23,6 +23,7 @@ from minisgl.profiling.report.markdown import (
     words,
 )
 from minisgl.profiling.report.sources import Sources, command
+from minisgl.profiling.spans import short_name
 
 MOST_SIZES = 6  # of a collective, in the table; the plots have all
 
@@ -139,13 +140,14 @@ def _step(sources: Sources) -> str:
     svg = plots.step_breakdown(record.rows, summary.get("gaps_us"))
     rows = sorted(record.rows, key=lambda row: row["us"], reverse=True)[:MOST_ROWS]
     lines = [
-        (row["operator"], row["kernel"], number(row.get("calls")), number(row["us"]),
+        (row["operator"], short_name(row["kernel"]), number(row.get("calls")), number(row["us"]),
          size(row["bytes"]) if row.get("bytes") else "–", number(row.get("floor_us")), percent(row.get("fraction")))
         for row in rows
     ]  # fmt: skip
     head = ("operator:", "kernel:", "calls", "µs", "bytes", "floor µs", "of floor")
     shown = sources.plot("step", svg, "A decode step by operator, measured and floor")
-    cached = "Above 100%: the bytes came from a cache." if any((r.get("fraction") or 0) > 1 for r in rows) else ""
+    why = "Above 100%: the bytes came from a cache, or were on their way before the kernel ahead had ended."
+    cached = why if any((r.get("fraction") or 0) > 1 for r in rows) else ""
     place = _place("step", sources)
     return section(title, origin(record), *place, where, shown, table(head, lines), cached, skipped(record))
 
