@@ -75,10 +75,12 @@ def expected(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, _: Tensor
     return torch.stack(rows)
 
 
-def check(shape: Shape, dtype: torch.dtype, run: Any, seed: int = 0, **options: Any) -> None:
+def check(shape: Shape, dtype: torch.dtype, run: Any, seed: int = 0, add: bool = False, **options: Any) -> None:
     args = arguments(shape, dtype, seed)
-    run(*args, **options)
-    want, got = expected(*args), args[4].double()
+    if add:
+        args[4].copy_(args[0])
+    run(*args, **options, add=add)
+    want, got = expected(*args) + args[0].double() * add, args[4].double()
     error = float((got - want).norm() / want.norm())
     assert error < TOLERANCE[dtype], (shape, error)  # NaN, where nothing was written, is no less
 
@@ -90,6 +92,7 @@ def test_moe_interpreted_equals_reference(shape: Shape) -> None:
 
     check(shape, torch.float32, triton_v1.run)
     check(shape, torch.float16, triton_v1.run, seed=1)
+    check(shape, torch.float32, triton_v1.run, seed=3, add=True)
     check(shape, torch.float32, triton_v1.run, seed=2, tile=triton_v1.Tile(32, 64, 16, 4, 2))
 
 
@@ -180,7 +183,7 @@ def build_all() -> list[int]:
         sizes.append(build("_product", constants, options, capability, "fp32" if kind == "fp32" else "bf16"))
     route = {"TOP_K": 8, "K_PAD": 8, "EXPERTS": 128, "E_PAD": 128, "NORMALISE": True, "PDL": True}
     sizes.append(build("_route", route, {"num_warps": 1}, 90, "bf16"))
-    sizes.append(build("_sum", {"TOP_K": 8, "BLOCK": 1024, "PDL": True}, {"num_warps": 4}, 90, "bf16"))
+    sizes.append(build("_sum", {"TOP_K": 8, "BLOCK": 1024, "ADD": True, "PDL": True}, {"num_warps": 4}, 90, "bf16"))
     return sizes
 
 
@@ -201,6 +204,7 @@ LARGE = (
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_moe_equals_reference(shape: Shape, dtype: torch.dtype) -> None:
     check(shape, dtype, moe)
+    check(shape, dtype, moe, add=True)
 
 
 @pytest.mark.cuda

@@ -76,8 +76,9 @@ def test_fused_layers_give_the_same_logits(
     assert float((plain - fused).norm() / plain.norm()) < 2e-6
     steps = -(-len(ids) // (chunk or len(ids)))
     layers = read_config(folder).num_layers
-    dense = layers - sum(type(layer.mlp).__name__ == "MixtureOfExperts" for layer in _load(folder).layers)
-    expected = {"index": 1, "rmsnorm": 1, "add_rmsnorm": 2 * layers, "qkv_post": layers, "silu_mul": dense}
+    experts = sum(type(layer.mlp).__name__ == "MixtureOfExperts" for layer in _load(folder).layers)
+    norms = {"rmsnorm": 1 + experts, "add_rmsnorm": 2 * layers - experts}  # experts add theirs
+    expected = {"index": 1, **norms, "qkv_post": layers, "silu_mul": layers - experts}
     assert calls == {name: steps * count for name, count in expected.items()}
 
 

@@ -13,9 +13,10 @@ from loop import Loop
 from tiny import greedy
 
 from minisgl.kernels.moe import op
-from minisgl.models.decoder import CausalLM
+from minisgl.models.decoder import CausalLM, DecoderLayer
 from minisgl.models.qwen3_moe import MixtureOfExperts
 from minisgl.models.registry import load_model
+from minisgl.profiling.skinny import switch
 
 pytest.importorskip("triton")
 
@@ -56,6 +57,17 @@ def test_interpreted_logits_agree_with_transformers(
 ) -> None:
     folder, oracle = checkpoint(family)
     compare(folder, oracle, load(folder, monkeypatch), 20)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the engine's test below does it")
+@pytest.mark.parametrize("family", MODELS)
+def test_experts_are_added_to_the_residual_stream(
+    checkpoint: Checkpoint, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, oracle = checkpoint(family)
+    model = load(folder, monkeypatch)
+    switch([layer for layer in model.layers if isinstance(layer, DecoderLayer)], True)
+    compare(folder, oracle, model, 20)
 
 
 @pytest.mark.cuda

@@ -63,7 +63,7 @@ def _ids(oracle: Any, count: int) -> list[int]:
     return [(7 * i) % oracle.config.vocab_size for i in range(count)]
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3", "mistral", "qwen3_moe", "qwen3_moe_mixed"])
 def test_skinny_layers_give_the_same_logits(checkpoint: Checkpoint, products: Products, family: str) -> None:
     folder, oracle = checkpoint(family)
     expected = Loop(load_model(folder, torch.float32, CPU, progress=False)).logits(_ids(oracle, 90))
@@ -76,10 +76,13 @@ def test_skinny_layers_give_the_same_logits(checkpoint: Checkpoint, products: Pr
     assert not products.calls, "more rows than the kernel takes"
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("ours", [{ADD}, {NORM, SILU}, {NORM, ADD}, {SILU, HEAD}, set()], ids=str)
-def test_products_change_hands_anywhere(checkpoint: Checkpoint, products: Products, ours: set[str]) -> None:
+def test_products_change_hands_anywhere(
+    checkpoint: Checkpoint, products: Products, family: str, ours: set[str]
+) -> None:
     """Whatever the table gives to our kernel and whatever to cuBLAS, nothing is added twice or not at all."""
-    folder, oracle = checkpoint("qwen3")
+    folder, oracle = checkpoint(family)
     expected = Loop(load_model(folder, torch.float32, CPU, progress=False)).logits(_ids(oracle, 20))
     model = _skinny(folder)
     products.ours = ours
@@ -92,6 +95,24 @@ def test_decode_step_of_a_layer_is_four_products(checkpoint: Checkpoint, product
     model = _skinny(folder)
     Loop(model).logits(_ids(oracle, 1))
     assert products.calls == [(NORM, 1), (ADD, 1), (SILU, 1), (ADD, 1)] * len(model.layers) + [(HEAD, 1)]
+
+
+def test_layers_with_experts_have_two_products(checkpoint: Checkpoint, products: Products) -> None:
+    """Each layer's QKV takes the norm, since the experts before it were added to the stream."""
+    folder, oracle = checkpoint("qwen3_moe")
+    model = _skinny(folder)
+    Loop(model).logits(_ids(oracle, 1))
+    assert products.calls == [(NORM, 1), (ADD, 1)] * len(model.layers) + [(HEAD, 1)]
+
+
+@pytest.mark.parametrize(("family", "ours"), [("qwen2", {ADD, SILU, HEAD}), ("llama_bias", {HEAD})])
+def test_products_with_biases_are_left_alone(
+    checkpoint: Checkpoint, products: Products, family: str, ours: set[str]
+) -> None:
+    folder, oracle = checkpoint(family)
+    expected = Loop(load_model(folder, torch.float32, CPU, progress=False)).logits(_ids(oracle, 20))
+    torch.testing.assert_close(Loop(_skinny(folder)).logits(_ids(oracle, 20), 5), expected, rtol=1e-4, atol=1e-4)
+    assert {kind for kind, _ in products.calls} == ours
 
 
 def test_layers_with_experts_take_the_stream_over(checkpoint: Checkpoint, products: Products) -> None:
@@ -145,22 +166,26 @@ def test_products_behind_a_norm_are_left_alone_where_they_would_overflow(
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("batch", [1, 5, 33])
-def test_skinny_layers_on_a_gpu_stay_close(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", ["smollm2", "qwen3-30b-a3b"])
+def test_skinny_layers_on_a_gpu_stay_close(shape: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Teacher-forced in bfloat16, all products ours or none, beside the same model in float32."""
     from minisgl.config import EngineConfig
     from minisgl.engine.engine import Engine
-    from minisgl.profiling.shapes import shape_folder
+    from minisgl.profiling.shapes import SHAPES, shape_folder
 
+    small = {"num_hidden_layers": 3, "num_experts": 8, "vocab_size": 1000}  # all experts chosen: rounding can't choose
+    monkeypatch.setitem(SHAPES, "qwen3-30b-a3b", SHAPES["qwen3-30b-a3b"] | small)
     calls = []
     real = op.skinny_gemm
 
     def logits(dtype: str, ours: bool) -> Tensor:
         monkeypatch.setattr(op, "tuned", lambda x, *_: Config(256, 2) if ours and x.shape[0] <= op.MAX_ROWS else None)
         monkeypatch.setattr(op, "skinny_gemm", lambda *args, **kw: (calls.append(1), real(*args, **kw)))
-        with shape_folder("smollm2") as folder:
+        with shape_folder(shape) as folder:
             config = EngineConfig(str(folder), dummy_weights=True, dtype=dtype, num_pages=300, cuda_graph=False)
             engine = Engine(config)
-        assert len(skinny_parts(engine.model)) == engine.model.config.num_layers + 1
+        layers = engine.model.config.num_layers
+        assert len(skinny_parts(engine.model)) == layers + 1
         loop = Loop(engine.model)
         sequences = [loop.add([3 + i, 5, 7 + i]) for i in range(batch)]
         steps = [loop.step([(s, 1) for s in sequences]).float() for _ in range(3)]

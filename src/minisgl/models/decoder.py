@@ -21,7 +21,7 @@ class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then the same with the MLP. The residual sum travels apart and is added in the norms.
 
     skinny: our matrix products, fused with their neighbours, do what they do faster than cuBLAS (`skinny_product`).
-    Those that add to the residual sum leave nothing to add: `residual` is None then, and `x` the sum.
+    Those that add to the residual sum, as experts do then, leave nothing to add: `residual` is None, and `x` the sum.
     """
 
     def __init__(self, build: Build, attention: nn.Module, mlp: nn.Module) -> None:
@@ -30,10 +30,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(build, build.config.hidden_size)
         self.mlp = mlp
-        c = build.config
-        biased = c.qkv_bias or c.o_bias or c.mlp_bias
-        dense = isinstance(attention, Attention) and isinstance(mlp, MLP)
-        self.skinny = build.fused and dense and not biased and build.tp.size == 1
+        self.skinny = build.fused and isinstance(attention, Attention) and build.tp.size == 1
 
     def forward(
         self, x: Tensor, residual: Tensor | None, rotation: Rotation | Tensor, batch: ForwardBatch,
@@ -53,13 +50,16 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, residual: Tensor | None, rotation: Rotation | Tensor, batch: ForwardBatch, rows: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         attention, mlp = self.self_attn, self.mlp
-        assert isinstance(attention, Attention) and isinstance(mlp, MLP)
+        assert isinstance(attention, Attention)
         qkv, stream = _behind_norm(self.input_layernorm, attention.qkv_proj, x, residual, None)
         x = attention.attend(qkv, rotation, batch)
         if rows is not None:
             x, stream = x.index_select(0, rows), stream.index_select(0, rows)
         x, residual = _onto(stream, attention.o_proj, x)
         norm = self.post_attention_layernorm
+        if not isinstance(mlp, MLP):  # experts
+            x, stream = norm(x, residual)
+            return mlp(x, stream), None
         inner, stream = _behind_norm(norm, mlp.gate_up_proj, x, residual, mlp.activate)
         return _onto(stream, mlp.down_proj, inner)
 
@@ -69,7 +69,7 @@ def _behind_norm(
     activate: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The product of the normed sum, activated, and the sum. Ours can't add to it: that would be one more launch."""
-    if residual is None:
+    if residual is None and product.bias is None:
         y = skinny_product(x, product.weight, norm, activate is not None)
         if y is not None:
             return y, x
@@ -80,7 +80,7 @@ def _behind_norm(
 
 def _onto(stream: Tensor, product: RowLinear, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The product, and the sum that it is still to be added to; or the sum with it."""
-    y = skinny_product(x, product.weight, add_to=stream)
+    y = skinny_product(x, product.weight, add_to=stream) if product.bias is None else None
     return (product(x), stream) if y is None else (y, None)
 
 

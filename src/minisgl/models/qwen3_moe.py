@@ -76,21 +76,24 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(build, moe)
         self.fused = build.triton
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """`x` [T, hidden_size] → [T, hidden_size]; a single rank can have it added to `add_to`, which comes back."""
         if self.fused:
-            return self._forward_fused(x)
+            return self._forward_fused(x, add_to)
         weights, chosen = self.gate(x)
         out = torch.zeros_like(x, dtype=torch.float32)
         for expert in chosen.unique().tolist():
             token, place = torch.where(chosen == expert)
             out.index_add_(0, token, self.experts(x[token], expert) * weights[token, place, None])
-        return self.tp.all_reduce(out).to(x.dtype)
+        out = self.tp.all_reduce(out).to(x.dtype)
+        return out if add_to is None else add_to.add_(out)
 
-    def _forward_fused(self, x: Tensor) -> Tensor:
+    def _forward_fused(self, x: Tensor, add_to: Tensor | None) -> Tensor:
         from minisgl.kernels.moe.op import moe
 
-        config, experts, out = self.gate.moe, self.experts, summand(self.tp, x, x.shape[1])
-        choice = config.num_experts_per_token, config.normalise
+        config, experts = self.gate.moe, self.experts
+        out = summand(self.tp, x, x.shape[1]) if add_to is None else add_to
+        choice = config.num_experts_per_token, config.normalise, add_to is not None
         moe(x, self.gate.logits(x), experts.gate_up, experts.down, out, *choice)
         return self.tp.all_reduce(out)
 

@@ -59,42 +59,44 @@ def _dense(layers: Sequence[Any], batch: int, width: int, item: int) -> dict[str
     """Norms, products and activations of all layers and the last norm, each call's cost, by operator.
 
     As `DecoderLayer` decides it: a product takes the norm before it where the residual stream is whole, which it is
-    in the first layer and behind a product that was added to it.
+    in the first layer and behind what was added to it: one of our products, or experts.
     """
     names = ("rmsnorm", "qkv", "o", "gate/up", "silu*mul", "down")
     found: dict[str, list[OperatorCost]] = {name: [] for name in names}
     norm, residual = OperatorCost(1, 2 * batch * width * item, 0), OperatorCost(1, 4 * batch * width * item, 0)
 
-    def behind_norm(name: str, layer: Any, weight: Any, whole: bool, gated: bool) -> bool:
-        fused = whole and _is_ours(layer, weight, batch, norm=True, gated=gated)
+    def behind_norm(name: str, layer: Any, product: Any, whole: bool, gated: bool) -> bool:
+        fused = whole and _is_ours(layer, product, batch, norm=True, gated=gated)
         if not fused:
             found["rmsnorm"].append(norm if whole else residual)
-        found[name].append(_product(weight, batch, item, norm=fused, gated=fused and gated))
+        found[name].append(_product(product.weight, batch, item, norm=fused, gated=fused and gated))
         return fused
 
-    def onto(name: str, layer: Any, weight: Any) -> bool:
-        fused = _is_ours(layer, weight, batch, add=True)
-        found[name].append(_product(weight, batch, item, add=fused))
+    def onto(name: str, layer: Any, product: Any) -> bool:
+        fused = _is_ours(layer, product, batch, add=True)
+        found[name].append(_product(product.weight, batch, item, add=fused))
         return fused
 
     whole = True
     for layer in layers:
-        behind_norm("qkv", layer, layer.self_attn.qkv_proj.weight, whole, gated=False)
-        whole = onto("o", layer, layer.self_attn.o_proj.weight)
+        behind_norm("qkv", layer, layer.self_attn.qkv_proj, whole, gated=False)
+        whole = onto("o", layer, layer.self_attn.o_proj)
         if not hasattr(layer.mlp, "gate_up_proj"):  # experts
-            found["rmsnorm"].append(residual)
+            found["rmsnorm"].append(norm if whole else residual)
+            whole = layer.skinny  # else the next norm adds what they give
             continue
-        if not behind_norm("gate/up", layer, layer.mlp.gate_up_proj.weight, whole, gated=True):
+        if not behind_norm("gate/up", layer, layer.mlp.gate_up_proj, whole, gated=True):
             inner = layer.mlp.down_proj.weight.shape[1]
             found["silu*mul"].append(OperatorCost(1, 3 * batch * inner * item, 0))
-        whole = onto("down", layer, layer.mlp.down_proj.weight)
+        whole = onto("down", layer, layer.mlp.down_proj)
     found["rmsnorm"].append(norm if whole else residual)
     return found
 
 
-def _is_ours(layer: Any, weight: Any, batch: int, norm: bool = False, gated: bool = False, add: bool = False) -> bool:
+def _is_ours(layer: Any, product: Any, batch: int, norm: bool = False, gated: bool = False, add: bool = False) -> bool:
     """Whether `layers.skinny_product` serves this product."""
-    if not layer.skinny:
+    weight = product.weight
+    if not layer.skinny or product.bias is not None:
         return False
     from minisgl.kernels.skinny_gemm.op import tuned
 

@@ -7,7 +7,7 @@ from minisgl.models.layers import VocabTable
 
 
 def skinny_parts(model: CausalLM) -> list[DecoderLayer | VocabTable]:
-    """What of `model` calls `skinny_gemm` where the tuning table says so: dense layers without biases, and the head."""
+    """What of `model` calls `skinny_gemm` where the tuning table says so: layers and the head, of a single rank."""
     parts = (*model.layers, model.lm_head)
     return [part for part in parts if isinstance(part, DecoderLayer | VocabTable) and part.skinny]
 

@@ -9,8 +9,9 @@ from minisgl.kernels.spec import FLOATS
 
 
 def moe(
-    x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, out: Tensor, top_k: int, normalise: bool = True
-) -> None:
+    x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, out: Tensor, top_k: int, normalise: bool = True,
+    add: bool = False,
+) -> None:  # fmt: skip
     """out[t] = Σ over t's experts e of p(e) · down[e] · (silu(gate[e] · x[t]) · (up[e] · x[t])).
 
     A token's experts are the `top_k` most likely under softmax(logits[t]). Activations between the two products and
@@ -20,17 +21,17 @@ def moe(
         x: [T, H] float32, bfloat16 or float16; rows contiguous.
         logits: [T, E], any of these dtypes; rows contiguous.
         gate_up: [E, 2 I, H], x's dtype: each expert's gate rows, then its up rows. down: [E, H, I], x's dtype.
-        out: [T, H], x's dtype, rows contiguous; written.
+        out: [T, H], x's dtype, rows contiguous; written, or added to. It mustn't overlap x.
         top_k: experts a token, at most E.
         normalise: whether the probabilities of a token's experts are scaled to sum to 1.
+        add: the sum is added to what `out` holds, the residual stream, in float32.
 
     Raises:
         KernelError: an argument of the wrong shape, dtype, layout or device; it names the argument.
     """
     check.dims("x", x, 2, "[T, H]")
     check.dims("down", down, 3, "[E, H, I]")
-    experts, hidden, inner = down.shape
-    tokens = x.shape[0]
+    (experts, hidden, inner), tokens = down.shape, x.shape[0]
     shapes = {"logits": (tokens, experts), "gate_up": (experts, 2 * inner, hidden), "out": (tokens, hidden)}
     given = {"x": x, "logits": logits, "gate_up": gate_up, "down": down, "out": out}
     check.shape("x", x, (tokens, hidden))
@@ -42,4 +43,4 @@ def moe(
     if tokens:
         from minisgl.kernels.moe import triton_v1
 
-        triton_v1.run(x, logits, gate_up, down, out, top_k, normalise)
+        triton_v1.run(x, logits, gate_up, down, out, top_k, normalise, add)

@@ -62,8 +62,7 @@ def _route(
     score = tl.load(logits + token.to(tl.int64) * stride + expert, mask=expert < EXPERTS, other=float("-inf"))
     score = tl.exp(score.to(tl.float32) - tl.max(score.to(tl.float32), 0))
     left = tl.where(expert < EXPERTS, score / tl.sum(score, 0), -1.0)
-    weight = tl.zeros([K_PAD], tl.float32)
-    chosen = tl.zeros([K_PAD], tl.int32)
+    weight, chosen = tl.zeros([K_PAD], tl.float32), tl.zeros([K_PAD], tl.int32)
     for j in tl.static_range(TOP_K):
         best = tl.argmax(left, 0)
         weight = tl.where(place == j, tl.max(left, 0), weight)
@@ -99,8 +98,7 @@ def _product(
     first = expert.to(tl.int64) * (width * (2 if GATED else 1))
     left = x + (pair // SHARED)[:, None] * x_stride + k[None, :]
     right = matrices + (first + column)[None, :] * depth + k[:, None]
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    up = tl.zeros([ROWS, COLUMNS], tl.float32)
+    acc, up = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, depth, DEPTH):
         deep = start + k < depth
         a = tl.load(left + start, mask=(row < count)[:, None] & deep[None, :], other=0.0)
@@ -116,20 +114,23 @@ def _product(
 
 
 @triton.jit
-def _sum(parts, weights, out, stride, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _sum(
+    parts, weights, out, stride, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr
+):
     _wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+    to = out + token * stride + column
+    total = tl.load(to, mask=column < width, other=0.0).to(tl.float32) if ADD else tl.zeros([BLOCK], tl.float32)
     for j in tl.static_range(TOP_K):
         part = tl.load(parts + (token * TOP_K + j) * width + column, mask=column < width, other=0.0)
         total += tl.load(weights + token * TOP_K + j) * part.to(tl.float32)
-    tl.store(out + token * stride + column, total.to(out.dtype.element_ty), mask=column < width)
+    tl.store(to, total.to(out.dtype.element_ty), mask=column < width)
 
 
 def run(
     x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, out: Tensor, top_k: int, normalise: bool,
-    tile: Tile | None = None,
+    add: bool = False, tile: Tile | None = None,
 ) -> None:  # fmt: skip
     """As `moe`; `tile` fixes what programs compute, None: by the number of tokens."""
     tokens, experts, hidden, inner = x.shape[0], down.shape[0], down.shape[1], down.shape[2]
@@ -157,5 +158,5 @@ def run(
     )
     block = min(triton.next_power_of_2(hidden), 1024)
     _sum[tokens, triton.cdiv(hidden, block)](
-        parts, weights, out, out.stride(0), hidden, TOP_K=top_k, BLOCK=block, num_warps=4, **launch
+        parts, weights, out, out.stride(0), hidden, TOP_K=top_k, BLOCK=block, ADD=add, num_warps=4, **launch
     )

@@ -116,8 +116,7 @@ def prepare_v3(device: int, dtype: torch.dtype, shape: Shape, config: Config, ap
 
 def _cost(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
     tokens, n, k = shape["tokens"], shape["n"], shape["k"]
-    width = n // 2 if shape["gated"] else n
-    elements = n * k + k * shape["norm"] + tokens * (k + width * (1 + shape["add"]))
+    elements = n * k + k * shape["norm"] + tokens * (k + n // (1 + shape["gated"]) * (1 + shape["add"]))
     return elements * dtype.itemsize, 2 * tokens * n * k
 
 
