@@ -2,9 +2,10 @@
 
 Counted are Python, C++ and CUDA under `src/minisgl` and `csrc`, without blank lines, comments and docstrings. Kernels
 are what runs inside an operator: `kernels/`, `csrc/` and the attention that is written in Triton; every version that
-the engine may run counts. The engine is all the rest. Outside lie `profiling/`, `cli/`, static files, and what only
-tests and the laboratory load of a kernel: its `cases.py` (reference, inputs, sizes) and `ladder/` (versions that the
-engine doesn't run). A test holds that nothing that counts imports those. Exit code 1 if either is over.
+the engine may run counts. The engine is all the rest. Outside lie `profiling/`, `cli/`, static files, `csrc/debug/`,
+which tests and debugging alone call, and what only tests and the laboratory load of a kernel: its `cases.py`
+(reference, inputs, sizes) and `ladder/` (versions that the engine doesn't run). A test holds that nothing that counts
+imports those. Exit code 1 if either is over.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 BUDGETS = {"engine": 7000, "kernels": 4000}
 ROOT = Path(__file__).resolve().parent.parent
 COUNTED = ("src/minisgl", "csrc")
-OUTSIDE = frozenset({"cli", "profiling", "static"})  # names of folders
+OUTSIDE = frozenset({"cli", "debug", "profiling", "static"})  # names of folders
 LABORATORY = re.compile(r"kernels/\w+/(cases\.py|ladder/.*)$")  # of a kernel's folder, what the engine never loads
 PYTHON = frozenset({".py", ".pyi"})
 C_LIKE = frozenset({".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".inl"})

@@ -28,7 +28,9 @@ def compiler() -> str:
 def fuzz_radix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("fuzz") / "fuzz_radix"
     sources = [ROOT / "tests/cache/fuzz_radix.cpp", *sorted((ROOT / "csrc/radix").glob("*.cpp"))]
-    command = [compiler(), *SANITIZE, "-DRADIX_HASH_MASK=63", *map(str, sources), "-o", str(program)]
+    sources += [ROOT / "csrc/debug/integrity.cpp"]
+    flags = [*SANITIZE, f"-I{ROOT / 'csrc'}"]
+    command = [compiler(), *flags, "-DRADIX_HASH_MASK=63", *map(str, sources), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     return program

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "radix_tree.hpp"
+#include "radix/radix_tree.hpp"
 
 namespace minisgl {
 
