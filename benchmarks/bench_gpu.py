@@ -33,6 +33,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minisgl.llm import LLM  # first, as in a user's program: it imports torch with the garbage collector off
+
+# isort: split
 import launch_split
 import torch
 from bench_engine import bench_decode, bench_prefill, drain, random_prompt, sync
@@ -43,7 +46,6 @@ from minisgl.cli.bench_options import Range
 from minisgl.engine import engine as engine_module
 from minisgl.engine.engine import Engine
 from minisgl.engine.runner import ModelRunner
-from minisgl.llm import LLM
 from minisgl.profiling import shapes
 from minisgl.profiling.floor import kv_bytes, step_bytes
 from minisgl.profiling.settled import only_decodes

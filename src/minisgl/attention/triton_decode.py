@@ -221,22 +221,10 @@ def _combine(
 
 
 def decode(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scales: tuple[Tensor | None, Tensor | None],
-    table: Tensor,
-    table_rows: Tensor,
-    order: Tensor | None,
-    lens: Tensor,
-    out: Tensor,
-    scale: float,
-    window: int | None,
-    tile: Tile,
-    splits: Splits,
-    parts: Parts,
-    pdl: bool = False,
-) -> None:
+    q: Tensor, keys: Tensor, values: Tensor, scales: tuple[Tensor | None, Tensor | None], table: Tensor,
+    table_rows: Tensor, order: Tensor | None, lens: Tensor, out: Tensor, scale: float, window: int | None, tile: Tile,
+    splits: Splits, parts: Parts, pdl: bool = False,
+) -> None:  # fmt: skip
     """Attention of one query a sequence, the last of its `lens` tokens.
 
     Args:

@@ -15,6 +15,7 @@ from minisgl.attention.base import AttentionBackend, ForwardBatch
 from minisgl.attention.triton_decode import LONG, Parts, Splits, decode, rank
 from minisgl.attention.triton_prefill import prefill
 from minisgl.attention.triton_tiles import decode_tile, prefill_tile
+from minisgl.kernels.triton_start import spare_hash
 from minisgl.types import ConfigError
 
 SMS_UNKNOWN = 128  # multiprocessors, where there's no GPU to ask: the interpreter
@@ -52,6 +53,7 @@ class TritonPaged(AttentionBackend):
     def __init__(self, splits: Splits | None = None) -> None:
         if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
             raise ConfigError("attention triton needs an NVIDIA GPU that torch can use; use --attention torch_sdpa")
+        spare_hash()
         self.splits = splits
         self._numbers: dict[torch.device, Tensor] = {}
         self._parts: dict[tuple[torch.device, int, int], Parts] = {}

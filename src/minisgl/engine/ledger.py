@@ -150,8 +150,7 @@ class PageLedger:
 
     def check_integrity(self, running: Iterable[Request]) -> None:
         """AssertionError unless every page and row has exactly one owner."""
-        pages = list(self.free)
-        rows = list(self.free_rows)
+        pages, rows = list(self.free), list(self.free_rows)
         for release in self.deferred:
             pages += release.pages
             rows.append(release.row)

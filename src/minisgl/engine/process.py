@@ -24,7 +24,7 @@ import zmq
 from minisgl import messages
 from minisgl.config import EngineConfig
 from minisgl.engine.children import PrivateFolder, exit_text, ignore_sigint
-from minisgl.timing import span
+from minisgl.timing import collector_off, span
 from minisgl.types import FinishReason, MinisglError, RequestError
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def engine_main(config: EngineConfig, commands: str, outputs: str, parent_pid: i
         receiver.bind(commands)
         sender.connect(outputs)
         try:
-            with contextlib.closing(pkgutil.resolve_name(engine)(config)) as made:
+            with collector_off():
+                make = pkgutil.resolve_name(engine)
+            with contextlib.closing(make(config)) as made:
                 _run(made, receiver, sender, parent_pid)
             code = 0
         except Exception as error:

@@ -184,8 +184,8 @@ def sample(
         logits = _edited(logits, rows, params, output_index, output_index_host, vocab, past)
     elif any(r.filtered for r in rows):
         logits = logits.clone()
-    out = SampledTokens(_draw(logits, rows, params, output_index, vocab), [])
-    out.logprob_rows = [i for i, r in enumerate(rows) if r.params.logprobs]
+    tokens = _draw(logits, rows, params, output_index, vocab)
+    out = SampledTokens(tokens, [i for i, r in enumerate(rows) if r.params.logprobs])
     if out.logprob_rows:
         _logprobs(raw, rows, out, vocab)
     return out

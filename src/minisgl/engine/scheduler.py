@@ -177,8 +177,7 @@ class Scheduler:
             batch.requests, rows, starts = [requests[i] for i in kept], rows[kept], starts[kept]
         ledger.computed[rows] = starts + 1
         ledger.last_step[rows] = self.step
-        batch.starts, count = starts.tolist(), len(rows)
-        batch.counts, batch.samples = [1] * count, [True] * count
+        batch.starts, batch.counts, batch.samples = starts.tolist(), [1] * len(rows), [True] * len(rows)
         return behind
 
     def _extend(self, batch: ScheduledBatch, places: np.ndarray, rows: np.ndarray, starts: np.ndarray) -> list[int]:
@@ -327,8 +326,7 @@ class Scheduler:
         assert self.running == sorted(self.running, key=_order)
         assert self.waiting == sorted(self.waiting, key=_order)
         assert len(self.running) <= self.max_running
-        for request in self.waiting:
-            assert not request.pages and request.row == -1
+        assert all(not r.pages and r.row == -1 for r in self.waiting)
         for request in self.running:
             computed = self.ledger.computed[request.row]
             assert computed < request.max_total and len(request.tokens) <= request.max_total
