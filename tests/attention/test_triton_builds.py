@@ -54,14 +54,17 @@ def build(kernel: str, capability: int, dtype: str, dim: int) -> int:
     from minisgl.attention import triton_decode, triton_prefill
     from minisgl.attention.triton_tiles import decode_tile, prefill_tile
 
-    cache = "fp8e4nv" if dtype == "fp8" else dtype
+    fp8 = "i16" if kernel == "decode" else "fp8e4nv"  # decode reads words of two
+    cache = fp8 if dtype == "fp8" else dtype
     dtype = "bf16" if dtype == "fp8" else dtype
     dim_pad = triton.next_power_of_2(dim)
     element = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    stored = element if cache == dtype else torch.float8_e4m3fn
     constants: dict[str, Any] = {"KV_HEADS": 8, "GROUP": 2, "DIM": dim, "DIM_PAD": dim_pad, "PAGE": 16}
     if kernel == "decode":
-        function, tile = triton_decode._decode, decode_tile(dim_pad, element, split=True)
+        function, tile = triton_decode._decode, decode_tile(dim_pad, element, stored, split=True)
         constants |= {"ROWS": 16, "SPLIT": True, "PDL": capability >= 90}
+        constants["PACK"] = 1 if cache == dtype else 2
         constants["OPERAND"] = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[
             dtype if cache == dtype else "fp16"
         ]

@@ -29,6 +29,7 @@ from minisgl.cache.pool import FP8
 LOG2_E = 1.4426950408889634  # scores become powers of two
 OPERANDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 LONG = 4096  # tokens that one program may read while others wait for it
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MAX_PROGRAMS = 4096  # with splits; more that find nothing to do would cost more than the splits gain
 
 
@@ -96,12 +97,30 @@ def rank(lens: Tensor) -> Tensor:
     return order
 
 
+@triton.jit
+def _halves(words, OPERAND: tl.constexpr):
+    """The e4m3 in the low and in the high bytes of `words`, int16.
+
+    Bytes in shared memory can't be transposed on their way into registers (ldmatrix moves 16 bits); words can.
+    """
+    if INTERPRETED:
+        low, high = (words & 0xFF).to(tl.uint8), ((words >> 8) & 0xFF).to(tl.uint8)
+        low, high = low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            """{ .reg .b32 t; .reg .b16 a, b; prmt.b32 t, $2, $2, 0x3120; mov.b32 {a, b}, t;
+            cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }""",
+            "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return low.to(OPERAND), high.to(OPERAND)
+
+
 @triton.jit(**KEPT_GENERAL)
 def _decode(
     q, q_stride, keys, values, k_scale, v_scale, table, table_stride, table_rows, order, lens, out, part_out, part_lse,
-    scale, window, chunk, most,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    PAGE: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr, OPERAND: tl.constexpr,
+    scale, window, chunk, most, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    OPERAND: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
@@ -115,41 +134,54 @@ def _decode(
     end = tl.minimum(begin + span, length)
     if (split > 0) & (begin >= length):
         return
-    rows, dims = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
-    heads = kv_head * GROUP + rows
-    wanted = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
-    queries = tl.load(q + seq * q_stride + heads[:, None] * DIM + dims[None, :], mask=wanted, other=0.0).to(OPERAND)
+    STRIDE: tl.constexpr = KV_HEADS * DIM // PACK  # from token to token, in elements or words
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, DIM_PAD // PACK)[None, :]
+    wanted = (rows < GROUP)[:, None] & (columns < DIM // PACK)
+    own = q + seq * q_stride + (kv_head * GROUP + rows)[:, None] * DIM + columns * PACK
+    queries = tl.load(own, mask=wanted, other=0.0).to(OPERAND)
+    queries_high = tl.load(own + 1, mask=wanted, other=0.0).to(OPERAND) if PACK == 2 else queries
 
     if k_scale is not None:
         scale *= tl.load(k_scale + kv_head)
     best = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    total = tl.zeros([ROWS, TOKENS], tl.float32)  # summed up at the end: one exchange between warps less
+    acc = tl.zeros([ROWS, DIM_PAD // PACK], tl.float32)
+    acc_high = acc
     row = table + tl.load(table_rows + seq).to(tl.int64) * table_stride
-    ahead = begin + tl.arange(0, TOKENS)
+    keys, values = keys + kv_head * (DIM // PACK), values + kv_head * (DIM // PACK)
+    tile = tl.arange(0, TOKENS)
+    ahead = (begin + tile).to(tl.uint32)
     pages = tl.load(row + ahead // PAGE, mask=ahead < end, other=0)
     for start in tl.range(begin, end, TOKENS):
-        places = start + tl.arange(0, TOKENS)
+        places = (start + tile).to(tl.uint32)  # unsigned: a shift divides them by the page's size
         inside = places < end
-        slots = pages.to(tl.int64) * PAGE + places % PAGE
-        offsets = slots[:, None] * (KV_HEADS * DIM) + (kv_head * DIM + dims)[None, :]
+        offsets = (pages.to(tl.int64) * (PAGE * STRIDE) + places % PAGE * STRIDE)[:, None] + columns
         ahead = places + TOKENS  # page ids a tile early: the loads of keys and values then depend on no other load
         pages = tl.load(row + ahead // PAGE, mask=ahead < end, other=0)
-        seen = inside[:, None] & (dims < DIM)[None, :]
-        k = tl.load(keys + offsets, mask=seen, other=0.0).to(OPERAND)
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(inside[None, :], scores, float("-inf"))
+        seen = inside[:, None] & (columns < DIM // PACK)
+        k = tl.load(keys + offsets, mask=seen, other=0)
+        k, k_high = _halves(k, OPERAND) if PACK == 2 else (k, k)
+        scores = tl.dot(queries, tl.trans(k.to(OPERAND)), input_precision="ieee")
+        scores = tl.dot(queries_high, tl.trans(k_high), scores, input_precision="ieee") if PACK == 2 else scores
+        scores = tl.where(inside[None, :], scores * scale, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp2(scores - new_best[:, None])
-        fade = tl.exp2(best - new_best)
-        total = total * fade + tl.sum(weights, 1)
-        v = tl.load(values + offsets, mask=seen, other=0.0).to(OPERAND)
-        acc = tl.dot(weights.to(OPERAND), v, acc * fade[:, None], input_precision="ieee")
+        fade = tl.exp2(best - new_best)[:, None]
+        total = total * fade + weights
         best = new_best
+        v = tl.load(values + offsets, mask=seen, other=0)
+        v, v_high = _halves(v, OPERAND) if PACK == 2 else (v, v)
+        acc = tl.dot(weights.to(OPERAND), v.to(OPERAND), acc * fade, input_precision="ieee")
+        if PACK == 2:
+            acc_high = tl.dot(weights.to(OPERAND), v_high, acc_high * fade, input_precision="ieee")
 
+    total = tl.sum(total, 1)
+    acc = tl.interleave(acc, acc_high) if PACK == 2 else acc
     if v_scale is not None:
         acc *= tl.load(v_scale + kv_head)
     result = acc / tl.maximum(total, 1e-30)[:, None]  # an empty sequence, padding, gets zeros
+    dims, heads = tl.arange(0, DIM_PAD), kv_head * GROUP + rows
+    wanted = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
     places = (seq * KV_HEADS * GROUP + heads)[:, None] * DIM + dims[None, :]
     if not SPLIT:
         tl.store(out + places, result.to(out.dtype.element_ty), mask=wanted)
@@ -172,39 +204,17 @@ def _span(length, window, chunk, most, TOKENS: tl.constexpr):
     return first, tl.maximum(share, chunk)
 
 
-@triton.jit
-def _merge(
-    part_out, part_lse, base, used, row, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr
-):  # fmt: skip
-    """The parts `base` … `base + used` of one query head, each weighed by its share of the softmax's sum: [DIM_PAD]."""
-    BLOCK: tl.constexpr = 32
-    dims = tl.arange(0, DIM_PAD)
-    best = float("-inf")
-    total = 0.0
-    acc = tl.zeros([DIM_PAD], tl.float32)
-    for start in range(0, used, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        inside = i < used
-        part = (base + i) * GROUP + row
-        lse = tl.load(part_lse + part, mask=inside, other=float("-inf"))
-        seen = inside[:, None] & (dims < DIM)[None, :]
-        values = tl.load(part_out + part[:, None] * DIM + dims[None, :], mask=seen, other=0.0)
-        new_best = tl.maximum(best, tl.max(lse, 0))
-        weights = tl.exp2(lse - new_best)
-        fade = tl.exp2(best - new_best)
-        total = total * fade + tl.sum(weights, 0)
-        acc = acc * fade + tl.sum(values * weights[:, None], 0)
-        best = new_best
-    return acc / total
-
-
 @triton.jit(**KEPT_GENERAL)
 def _combine(
     lens, out, part_out, part_lse, window, chunk, most,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, TOKENS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, sequence) brings the parts of a split sequence together. Launched right behind `_decode`."""
+    """Program (head, sequence) brings the parts of a split sequence together. Launched right behind `_decode`.
+
+    Each part is weighed by its share of the softmax's sum.
+    """
+    BLOCK: tl.constexpr = 32
     head, seq = tl.program_id(0), tl.program_id(1)
     length = tl.load(lens + seq)  # before the wait: _decode waited for the kernels before it, so this is there
     first, span = _span(length, window, chunk, most, TOKENS)
@@ -215,9 +225,24 @@ def _combine(
     if used <= 1:
         return
     base = (seq * KV_HEADS + head // GROUP) * most
-    merged = _merge(part_out, part_lse, base, used, head % GROUP, GROUP, DIM, DIM_PAD)
     dims = tl.arange(0, DIM_PAD)
-    tl.store(out + (seq * KV_HEADS * GROUP + head) * DIM + dims, merged.to(out.dtype.element_ty), mask=dims < DIM)
+    best, total = float("-inf"), 0.0
+    acc = tl.zeros([DIM_PAD], tl.float32)
+    for start in range(0, used, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < used
+        part = (base + i) * GROUP + head % GROUP
+        lse = tl.load(part_lse + part, mask=inside, other=float("-inf"))
+        seen = inside[:, None] & (dims < DIM)[None, :]
+        values = tl.load(part_out + part[:, None] * DIM + dims[None, :], mask=seen, other=0.0)
+        new_best = tl.maximum(best, tl.max(lse, 0))
+        weights = tl.exp2(lse - new_best)
+        fade = tl.exp2(best - new_best)
+        total = total * fade + tl.sum(weights, 0)
+        acc = acc * fade + tl.sum(values * weights[:, None], 0)
+        best = new_best
+    place = out + (seq * KV_HEADS * GROUP + head) * DIM + dims
+    tl.store(place, (acc / total).to(out.dtype.element_ty), mask=dims < DIM)
 
 
 def decode(
@@ -241,18 +266,20 @@ def decode(
     """
     num_seqs, heads, dim = q.shape
     _, page, kv_heads, _ = keys.shape
-    group, dim_pad = heads // kv_heads, triton.next_power_of_2(max(dim, 16))
+    pack = 2 if keys.dtype == FP8 else 1
+    keys, values = (keys.view(torch.int16), values.view(torch.int16)) if pack == 2 else (keys, values)
+    group, dim_pad = heads // kv_heads, triton.next_power_of_2(max(dim, 16 * pack))
     assert splits.most == 1 or num_seqs * kv_heads * splits.most <= MAX_PROGRAMS
     window = 2**31 - 1 if window is None else window
     # e4m3 becomes float16 in one instruction, bfloat16 in three, and fits into either
-    operand = q.dtype if keys.dtype != FP8 or q.dtype == torch.float32 else torch.float16
+    operand = q.dtype if pack == 1 or q.dtype == torch.float32 else torch.float16
     launch = {"num_warps": tile.warps, "num_stages": tile.stages, **({"launch_pdl": True} if pdl else {})}
     _decode[kv_heads, num_seqs, splits.most](
         q, q.stride(0), keys, values, *scales, table, table.stride(0), table_rows, order, lens, out, parts.out,
         parts.lse, scale * LOG2_E, window, splits.chunk, splits.most,
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PAD=dim_pad,
         PAGE=page, TOKENS=tile.tokens, SPLIT=splits.most > 1, PDL=pdl, OPERAND=OPERANDS[operand],
-        **launch,
+        PACK=pack, **launch,
     )  # fmt: skip
     if splits.most > 1:
         _combine[heads, num_seqs](

@@ -91,7 +91,7 @@ class TritonPaged(AttentionBackend):
         dim_pad = triton.next_power_of_2(dim)
         if plan.splits is not None:
             parts = self._scratch(q, batch.pool.num_kv_heads)
-            tile = decode_tile(dim_pad, q.dtype, plan.splits.most > 1)
+            tile = decode_tile(dim_pad, q.dtype, pool[0].dtype, plan.splits.most > 1)
             table, rows, order, lens = plan.tables[0], plan.table_rows, plan.order, plan.lens[0]
             decode(q[:n], *pool, table, rows, order, lens, out[:n], scale, window, tile, plan.splits, parts, plan.pdl)
         if plan.num_extend_tokens:

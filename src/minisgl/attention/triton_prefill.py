@@ -96,19 +96,9 @@ def _locate(tile, starts, num_seqs, QUERIES: tl.constexpr):
 
 
 def prefill(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scales: tuple[Tensor | None, Tensor | None],
-    table: Tensor,
-    lens: Tensor,
-    starts: Tensor,
-    num_tokens: int,
-    out: Tensor,
-    scale: float,
-    window: int | None,
-    tile: Tile,
-) -> None:
+    q: Tensor, keys: Tensor, values: Tensor, scales: tuple[Tensor | None, Tensor | None], table: Tensor, lens: Tensor,
+    starts: Tensor, num_tokens: int, out: Tensor, scale: float, window: int | None, tile: Tile,
+) -> None:  # fmt: skip
     """Causal attention of the last tokens of S sequences.
 
     Args:

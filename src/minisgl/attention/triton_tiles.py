@@ -23,19 +23,20 @@ class Tile:
     stages: int  # of the software pipeline: tiles on their way
 
 
-# By head_dim rounded up to a power of two; 16-bit elements.
+# By head_dim rounded up to a power of two; 16-bit queries.
 _DECODE = {64: Tile(16, 64, 4, 3), 128: Tile(16, 32, 2, 4), 256: Tile(16, 32, 4, 2)}
 _SPLIT = {**_DECODE, 128: Tile(16, 32, 2, 3)}
+_FP8 = {**_DECODE, 128: Tile(16, 64, 4, 3)}  # of the cache, at any number of sequences
 _PREFILL = {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)}
 _HOPPER_SHARED = 220 << 10  # bytes a program; earlier and smaller GPUs have 99 to 163 kB
 _SMALL = Tile(16, 16, 4, 2)
 
 
-def decode_tile(dim_pad: int, dtype: torch.dtype, split: bool) -> Tile:
-    """The tile for decode at `dim_pad` elements a head, with sequences split or not."""
+def decode_tile(dim_pad: int, dtype: torch.dtype, cache: torch.dtype, split: bool) -> Tile:
+    """The tile for decode at `dim_pad` elements a head of `dtype`, of `cache` in the pool, sequences split or not."""
     if dtype == torch.float32:  # no matrix units: operands lie in registers
         return Tile(16, 32, 4, 2) if dim_pad <= 64 else _SMALL
-    return (_SPLIT if split else _DECODE).get(max(dim_pad, 64), _SMALL)
+    return (_FP8 if cache == torch.float8_e4m3fn else _SPLIT if split else _DECODE).get(max(dim_pad, 64), _SMALL)
 
 
 def prefill_tile(dim_pad: int, dtype: torch.dtype, shared_bytes: int) -> Tile:
