@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 SHARED_BYTES = {80: 166_912, 89: 101_376, 90: 232_448}  # a program at most, by compute capability
 BUILDS = [  # kernel, capability, dtype (fp8: of the cache, under bf16), head_dim
     *(("prefill", 90, "bf16", dim) for dim in (64, 128, 256)),
+    ("short prefill", 90, "bf16", 128),
     *(("prefill", 89, "bf16", dim) for dim in (80, 256)),
     ("prefill", 80, "fp32", 128),
     ("decode", 90, "bf16", 128),
@@ -71,7 +72,8 @@ def build(kernel: str, capability: int, dtype: str, dim: int) -> int:
         if dtype == "fp16":
             constants["order"] = None  # of small batches
     else:
-        function, tile = triton_prefill._prefill, prefill_tile(dim_pad, element, SHARED_BYTES[capability])
+        shared, short = SHARED_BYTES[capability], kernel == "short prefill"
+        function, tile = triton_prefill._prefill, prefill_tile(dim_pad, element, shared, short)
         constants |= {"ROWS": tile.rows, "QUERIES": tile.rows // 2, "WIDE": False}
     constants["TOKENS"] = tile.tokens
     if cache == dtype:

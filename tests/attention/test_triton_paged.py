@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 from minisgl.attention import triton_paged
 from minisgl.attention.triton_decode import Splits, rank
 from minisgl.attention.triton_paged import TritonPaged
+from minisgl.attention.triton_tiles import Tile, many_short, prefill_tile
 
 INTERPRETED = not torch.cuda.is_available()
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -254,6 +255,46 @@ def test_splits_fill_the_gpu_within_bounds(programs: int, max_len: int) -> None:
     assert 1 <= splits.most
     assert splits.most == 1 or splits.most * programs <= 4096
     assert splits.most == 1 or (splits.most - 1) * splits.chunk < max_len
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "lens", "short"),
+    [
+        (32 * 512, [512] * 32, True),
+        (9 * 1023, [1023] * 9, True),
+        (9 * 1024, [1024] * 9, False),
+        (8 * 2048, [2048] * 8, False),
+        (64 * 256, [6000] * 64, False),  # over prefixes
+        (16 * 512, [512] * 16, False),  # too small a step
+        (16_384, [], False),  # a captured step, whose prompts may be of any length
+    ],
+)
+def test_short_prompts_get_a_tile_of_their_own_in_large_steps(num_tokens: int, lens: list[int], short: bool) -> None:
+    assert many_short(num_tokens, np.array(lens, np.int32)) == short
+
+
+def test_tile_of_short_prompts_is_for_heads_of_128_on_hopper() -> None:
+    def tiles(dim: int, dtype: torch.dtype, shared_bytes: int) -> list[Tile]:
+        return [prefill_tile(dim, dtype, shared_bytes, short) for short in (False, True)]
+
+    hopper, ada = 232_448, 101_376
+    assert tiles(128, torch.bfloat16, hopper) == [Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)]
+    for other in ((64, torch.bfloat16, hopper), (128, torch.float32, hopper), (128, torch.bfloat16, ada)):
+        usual, short = tiles(*other)
+        assert usual == short
+
+
+@pytest.mark.parametrize(
+    ("fp8", "lens", "short"), [(False, [130, 40, 50], True), (False, [9, 40, 120], False), (True, [9, 40, 50], False)]
+)
+def test_plan_knows_steps_of_short_prompts(
+    monkeypatch: pytest.MonkeyPatch, fp8: bool, lens: list[int], short: bool
+) -> None:
+    monkeypatch.setattr("minisgl.attention.triton_tiles._MANY", 60)
+    monkeypatch.setattr("minisgl.attention.triton_tiles._SHORT", 60)
+    batch = make_batch(replace(SMALL[1], fp8=fp8), lens, [1, 35, 33], 0, TritonPaged())
+    batch.attention.prepare(batch)
+    assert batch.plan.short == short
 
 
 def test_make_attention_says_what_triton_lacks() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from minisgl.attention.base import AttentionBackend, ForwardBatch
 from minisgl.attention.triton_decode import LONG, Parts, Splits, decode, rank
 from minisgl.attention.triton_prefill import prefill
-from minisgl.attention.triton_tiles import decode_tile, prefill_tile
+from minisgl.attention.triton_tiles import decode_tile, many_short, prefill_tile
 from minisgl.kernels.triton_start import spare_hash
 from minisgl.types import ConfigError
 
@@ -34,6 +34,7 @@ class Plan:
     lens: tuple[Tensor, Tensor]
     starts: Tensor  # of the extending sequences
     num_extend_tokens: int
+    short: bool  # many short prompts
 
 
 class TritonPaged(AttentionBackend):
@@ -60,7 +61,7 @@ class TritonPaged(AttentionBackend):
 
     def prepare(self, batch: ForwardBatch) -> None:
         n, table, rows, splits, order = batch.num_decodes, batch.page_table, batch.table_rows, None, None
-        extending = batch.seq_lens.shape[0] > n
+        extending, tokens = batch.seq_lens.shape[0] > n, batch.input_ids.shape[0] - n
         gpu = torch.cuda.get_device_properties(table.device) if table.is_cuda else None
         if n and self.splits:
             splits = self.splits.within(n * batch.pool.num_kv_heads)
@@ -78,7 +79,8 @@ class TritonPaged(AttentionBackend):
             order,
             (batch.seq_lens[:n], batch.seq_lens[n:]),
             batch.query_starts[n:],
-            batch.input_ids.shape[0] - n,
+            tokens,
+            not batch.pool.quantised and many_short(tokens, batch.seq_lens_host[n:]),
         )
 
     def forward(self, q: Tensor, layer: int, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
@@ -95,7 +97,7 @@ class TritonPaged(AttentionBackend):
             table, rows, order, lens = plan.tables[0], plan.table_rows, plan.order, plan.lens[0]
             decode(q[:n], *pool, table, rows, order, lens, out[:n], scale, window, tile, plan.splits, parts, plan.pdl)
         if plan.num_extend_tokens:
-            tile, tokens = prefill_tile(dim_pad, q.dtype, plan.shared_bytes), plan.num_extend_tokens
+            tile, tokens = prefill_tile(dim_pad, q.dtype, plan.shared_bytes, plan.short), plan.num_extend_tokens
             prefill(q, *pool, plan.tables[1], plan.lens[1], plan.starts, tokens, out, scale, window, tile)
         return out
 
