@@ -29,6 +29,9 @@ FINAL = (
     "Conclusions",
 )  # fmt: skip
 
+LOAD = {"settings": {"model": "qwen3-0.6b", "num_requests": 64, "concurrency": 16, "input_len": [256, 512],
+                     "output_len": 64}}  # fmt: skip
+
 
 def make(kind: str, rows: list[dict[str, Any]], summary: dict[str, Any], device: str = "cuda") -> Record:
     index = kernel_records()[0]
@@ -53,12 +56,16 @@ def full_run(folder: Path) -> Path:
     ]
     operators = {"ttft": {"tokenize": 0.9, "qkv": 4.321}, "itl": {"o": 0.7}}
     summary = {"ttft_ms": 5.4, "itl_ms": 0.7, "accounted": 0.97, "operators": operators, "prompt_tokens": 77}
+    summary |= {"model": "qwen3-0.6b", "output_tokens": 9}
     make("request", rows, summary | {"ttft_sum_ms": 5.4, "itl_sum_ms": 0.7}).write(folder)
     step = [{"operator": "attention", "kernel": "decode_kernel", "calls": 28, "us": 300.5, "bytes": 10_000_000,
-             "floor_us": 111.0, "fraction": 0.37},
+             "floor_us": 111.0, "limit": "HBM", "fraction": 0.37},
             {"operator": "lm_head", "kernel": "gemm", "calls": 1, "us": 99.5, "bytes": 300_000_000, "floor_us": 95.0,
-             "fraction": 0.95}]  # fmt: skip
-    make("step", step, {"step_us": 450.0, "gaps_us": 50.0, "batch": 8, "context": 672}).write(folder)
+             "limit": "compute", "fraction": 0.95},
+            {"operator": "rmsnorm", "kernel": "norm", "calls": 1, "us": 0.5, "bytes": 4, "floor_us": 0.4,
+             "limit": "launch", "fraction": 0.8}]  # fmt: skip
+    facts = {"step_us": 450.5, "gaps_us": 50.0, "batch": 8, "context": 672, "model": "qwen3-0.6b"}
+    make("step", step, facts).write(folder)
     comm = [{"op": "all_reduce", "path": path, "bytes": 4**n * 1024, "world": 2, "us": {"median": 10.0 * n + at},
              "algo_gbps": 1.0, "bus_gbps": 1.0}
             for at, path in enumerate(("gloo", "other")) for n in range(1, 5)]  # fmt: skip
@@ -81,7 +88,7 @@ def full_run(folder: Path) -> Path:
     reduced = [{"op": "all_reduce", "start_us": 100.0 * i, "us": 40.0, "bytes": 4096} for i in range(1, 5)]
     shares = {"step_us": 640.0, "comm_us": 160.0, "share": 0.25, "calls": 4, "layers": 2, "world": 2, "device": "cpu"}
     make("tp", reduced, shares | {"model": "smollm2", "batch": 8, "context": 256}, device="cpu").write(folder)
-    make("load", [{"what": "requests a second", "value": 12.5, "unit": "1/s"}], {}).write(folder)
+    make("load", [{"what": "requests a second", "value": 12.5, "unit": "1/s"}], LOAD).write(folder)
     verdicts = [ruling("pdl", "confirmed", 0.2, {"tokens": 1}), ruling("pdl", "confirmed", 0.2)]
     verdicts += [ruling("hints", "no difference", 0.005), ruling("sort", "refuted", -0.3)]
     verdicts.append({"claim": "nccl", "text": "nccl pays", "case": None, "verdict": "not measurable here",
@@ -138,6 +145,10 @@ def test_figures_come_from_the_records(reports: Path) -> None:
     assert "first token after 5.4 ms" in final and "| qkv | 4.32 | 83% |" in final
     assert "450 µs a step, 50 of them in gaps" in final and "| attention | decode_kernel | 28 |" in final
     assert "attention (67%)" in final
+    assert "qwen3-0.6b, batch 8, context 672" in final and "| 111 | HBM | 37% |" in final
+    assert "HBM binds attention (67% of the step) and compute binds lm_head (22% of the step)." in final
+    assert "**A request** to qwen3-0.6b of 77 tokens" in final and "qwen3-0.6b: 77 tokens in, 9 out" in final
+    assert "qwen3-0.6b: 64 requests, 16 at once, 256–512 tokens in, 64 tokens out." in final
     assert "CPU, gloo between processes" in final
     assert "640 µs a step, of which 4 collectives take 160 µs (25%), 80 µs a layer" in final
     assert "| requests a second | 12.5 | 1/s |" in final

@@ -25,6 +25,7 @@ from minisgl.profiling.report.markdown import (
 from minisgl.profiling.report.sources import Sources, command
 from minisgl.profiling.spans import short_name
 
+MAIN_SHARE = 0.02  # of a step: a kernel that takes less isn't one of its main ones
 MOST_SIZES = 6  # of a collective, in the table; the plots have all
 
 
@@ -52,11 +53,14 @@ def _summary(sources: Sources) -> str:
     points = [_measured_on(sources)]
     points += [f"**{name}**: {text}" for name, text in classes(sources)]
     if step := _top_operators(sources.get("step")):
-        points.append(f"**A decode step**{sources.mark('step')} spends most on {step}.")
+        points.append(f"**A decode step**{_of_model(sources.get('step'))}{sources.mark('step')} spends most on {step}.")
+    if limits := _binding(sources.get("step")):
+        points.append(f"**What limits a step's kernels**{sources.mark('step')}, by the roofline: {limits}.")
     request = sources.get("request")
     if request and lookup(request, "ttft_ms"):
         points.append(
-            f"**A request**{sources.mark('request')} of {lookup(request, 'prompt_tokens')} tokens has its first token "
+            f"**A request**{_of_model(request, 'to')}{sources.mark('request')} of {lookup(request, 'prompt_tokens')} "
+            "tokens has its first token "
             f"after {number(lookup(request, 'ttft_ms'))} ms and one every {number(lookup(request, 'itl_ms'))} ms; "
             f"{percent(lookup(request, 'accounted'))} of that time is accounted for by operators."
         )
@@ -100,6 +104,27 @@ def _top_operators(record: Record | None) -> str:
     return words([f"{name} ({percent(us / whole)})" for name, us in merged.most_common(3)])
 
 
+def _of_model(record: Record | None, word: str = "of") -> str:
+    """' of qwen3-0.6b', where the record says which model it was."""
+    model = lookup(record, "model")
+    return f" {word} {model}" if model else ""
+
+
+def _binding(record: Record | None) -> str:
+    """Which limit binds the kernels that take most of a step, by the share of the step in such kernels."""
+    rows = record.rows if record else []
+    whole = lookup(record, "step_us") or sum(row["us"] for row in rows)
+    shares: Counter[str] = Counter()
+    names: dict[str, list[str]] = {}
+    for row in sorted(rows, key=lambda row: row["us"], reverse=True):
+        if row.get("limit") and row["us"] >= MAIN_SHARE * whole:
+            shares[row["limit"]] += row["us"] / whole
+            names.setdefault(row["limit"], []).append(row["operator"])
+    return words(
+        [f"{limit} binds {words(names[limit])} ({percent(us)} of the step)" for limit, us in shares.most_common()]
+    )
+
+
 # -- request, step, communication, load ------------------------------------------------------------------------------
 
 
@@ -109,9 +134,12 @@ def _request(sources: Sources) -> str:
     if record is None or not record.rows:
         return section(title, missing("one request to a real server", command("request")), *_place("request", sources))
     svg = plots.request_timeline(record)
+    what = f"One request{_of_model(record, 'to')}: {number(lookup(record, 'prompt_tokens'))} tokens in, "
+    what += f"{number(lookup(record, 'output_tokens'))} out."
     parts = [
         origin(record),
         *_place("request", sources),
+        what,
         sources.plot("request", svg, "One request: what ran when, by category"),
     ]
     windows = {"ttft": "To the first token", "itl": "From token to token (mean)"}
@@ -135,16 +163,18 @@ def _step(sources: Sources) -> str:
     if record is None or not record.rows:
         return section(title, missing("a decode step by operator", command("step")), *_place("step", sources))
     summary = record.summary
-    where = f"Batch {summary.get('batch')}, context {number(summary.get('context'))}: "
+    model = f"{summary['model']}, batch" if "model" in summary else "Batch"
+    where = f"{model} {summary.get('batch')}, context {number(summary.get('context'))}: "
     where += f"{number(summary.get('step_us'))} µs a step, {number(summary.get('gaps_us'))} of them in gaps."
     svg = plots.step_breakdown(record.rows, summary.get("gaps_us"))
     rows = sorted(record.rows, key=lambda row: row["us"], reverse=True)[:MOST_ROWS]
     lines = [
         (row["operator"], short_name(row["kernel"]), number(row.get("calls")), number(row["us"]),
-         size(row["bytes"]) if row.get("bytes") else "–", number(row.get("floor_us")), percent(row.get("fraction")))
+         size(row["bytes"]) if row.get("bytes") else "–", number(row.get("floor_us")), row.get("limit") or "–",
+         percent(row.get("fraction")))
         for row in rows
     ]  # fmt: skip
-    head = ("operator:", "kernel:", "calls", "µs", "bytes", "floor µs", "of floor")
+    head = ("operator:", "kernel:", "calls", "µs", "bytes", "floor µs", "limit:", "of floor")
     shown = sources.plot("step", svg, "A decode step by operator, measured and floor")
     why = "Above 100%: the bytes came from a cache, or were on their way before the kernel ahead had ended."
     cached = why if any((r.get("fraction") or 0) > 1 for r in rows) else ""
@@ -241,4 +271,23 @@ def _load(sources: Sources) -> str:
         return section(title, missing("a server under load", command("load")), *_place("load", sources))
     lines = [(row["what"], number(row["value"]), row["unit"]) for row in record.rows]
     place = _place("load", sources)
-    return section(title, origin(record), *place, table(("what:", "value", "unit:"), lines), skipped(record))
+    shown = table(("what:", "value", "unit:"), lines)
+    return section(title, origin(record), *place, _load_settings(record), shown, skipped(record))
+
+
+def _load_settings(record: Record) -> str:
+    """What was asked of the server: the model, how many requests, how many at once, how long."""
+    settings = lookup(record, "settings") or {}
+    if not settings:
+        return ""
+    told = [f"{number(settings.get('num_requests'))} requests"]
+    if settings.get("concurrency"):
+        told.append(f"{number(settings['concurrency'])} at once")
+    for key, word in (("input_len", "in"), ("output_len", "out")):
+        if lengths := settings.get(key):
+            told.append(f"{_lengths(lengths)} tokens {word}")
+    return f"{settings.get('model')}: {', '.join(told)}."
+
+
+def _lengths(value: Sequence[int] | int) -> str:
+    return f"{value}" if isinstance(value, int) else "–".join(str(length) for length in dict.fromkeys(value))
