@@ -162,6 +162,39 @@ def test_rulings_show_interval_and_detectable_effect(reports: Path) -> None:
     assert "| nccl pays | **not measurable here** | – | – | one GPU |" in final
 
 
+def collectives(world: int) -> Record:
+    """All-reduces of 16 KiB and 64 MiB on `world` GPUs; the table chose one-shot for small ones, else NCCL."""
+    times = {
+        16384: {"direct": 12.0, "registered": 10.0, "registered_copy": 11.0, "one_shot": 5.0},
+        67108864: {"direct": 200.0, "registered": 250.0},
+    }
+    rows = [{"op": "all_reduce", "path": path, "bytes": size, "world": world, "algo_gbps": 1.0, "bus_gbps": 1.0,
+             "us": {"median": us, "p10": us * 0.99, "p90": us * 1.01}}
+            for size, paths in times.items() for path, us in paths.items()]  # fmt: skip
+    return make("comm", rows, {"world": world, "chosen": [[1048576, "one_shot"], [67108864, "direct"]]})
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_claims_on_collectives_are_ruled_on_by_recorded_timings(tmp_path: Path, world: int) -> None:
+    absent = {"case": None, "verdict": "not measurable here", "why": "one GPU", "a": "x", "b": "y", "text": "t"}
+    rows = [{"claim": claim, **absent} for claim in ("adaptive-threshold", "registered-buffers", "nccl")]
+    make("rulings", [*rows, ruling("pdl", "confirmed", 0.2)], {}).write(tmp_path)
+    collectives(world).write(tmp_path)
+    write_reports([tmp_path], tmp_path / "report")
+    text = (tmp_path / "report" / "final-report.md").read_text()
+    if world == 1:
+        assert "recorded timings" not in text and "1 confirmed" in text and "3 not measurable here" in text
+        return
+    assert "2 of them from recorded timings of the collectives, not interleaved." in text
+    assert "| adaptive-threshold (recorded) | bytes 16384 | 11 (10.9–11.1) | 5 (4.95–5.05) | +120.0% " in text
+    table = text.partition("## Rulings on claims")[2]
+    pooled = next(line for line in table.splitlines() if line.startswith("| Registered buffers"))
+    assert "| **refuted** | -2.0% (-4.0% to -0.0" in pooled and "confirmed at 16 KiB" in pooled
+    assert "| t | **not measurable here** | – | – | one GPU |" in table and "1 not measurable here" in text
+    open_ones, _, settled = text.partition("## Opportunities")[2].partition("Ruled on and settled")
+    assert "measured paths instead of" in settled and "measured paths instead of" not in open_ones
+
+
 def test_profiler_facts_stand_with_their_kernel(reports: Path) -> None:
     analysis = (reports / "analysis.md").read_text()
     index, store = (analysis.partition(f"\n## {name}\n")[2].partition("\n## ")[0] for name in ("index", "store"))

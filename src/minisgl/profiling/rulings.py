@@ -65,12 +65,12 @@ def rule_on(claim: Claim, rounds: int, quick: bool = False) -> Iterator[dict[str
     if measured:
         yield _row(claim, None, measured)
     else:
-        yield {**_named(claim, None), "verdict": "not measurable here", "why": why}
+        yield {**named(claim, None), "verdict": "not measurable here", "why": why}
 
 
 def _row(claim: Claim, case: dict[str, Any] | None, times: Sequence[Times]) -> dict[str, Any]:
     gain = gain_of(*times[0]) if len(times) == 1 else pooled_gain(times)
-    row = _named(claim, case) | {
+    row = named(claim, case) | {
         "gain": gain.estimate,
         "low": gain.low,
         "high": gain.high,
@@ -83,7 +83,8 @@ def _row(claim: Claim, case: dict[str, Any] | None, times: Sequence[Times]) -> d
     return row
 
 
-def _named(claim: Claim, case: dict[str, Any] | None) -> dict[str, Any]:
+def named(claim: Claim, case: dict[str, Any] | None) -> dict[str, Any]:
+    """What a row says of its claim, whatever was measured; `case` is None in the row of the claim as a whole."""
     return {
         "claim": claim.id,
         "text": claim.text,
@@ -111,9 +112,10 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def measured(row: dict[str, Any]) -> str:
-    """The gain of a row, its interval and, where no difference was found, what would have been."""
+    """The gain of a row, its interval and, where no difference was found, what would have been, if that is known."""
     text = f"{_signed(row['gain'])} ({_signed(row['low'])} to {_signed(row['high'])})"
-    return text + (f", detectable: {row['detectable']:.1%}" if row["verdict"] == "no difference" else "")
+    known = row["verdict"] == "no difference" and "detectable" in row
+    return text + (f", detectable: {row['detectable']:.1%}" if known else "")
 
 
 def _signed(gain: float) -> str:

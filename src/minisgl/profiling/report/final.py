@@ -9,6 +9,7 @@ from typing import Any
 from minisgl.profiling.record import Record
 from minisgl.profiling.report import plots
 from minisgl.profiling.report.advice import MOST_ROWS, classes, conclusions, discrepancies, opportunities, rulings
+from minisgl.profiling.report.collectives import MARK, ruled
 from minisgl.profiling.report.markdown import (
     lookup,
     missing,
@@ -64,10 +65,11 @@ def _summary(sources: Sources) -> str:
             f"after {number(lookup(request, 'ttft_ms'))} ms and one every {number(lookup(request, 'itl_ms'))} ms; "
             f"{percent(lookup(request, 'accounted'))} of that time is accounted for by operators."
         )
-    verdicts = _verdicts(sources.get("rulings"))
+    verdicts = _verdicts(claims := ruled(sources))
     if verdicts:
         told = words([f"{count} {verdict}" for verdict, count in verdicts.most_common()])
-        points.append(f"**Claims**: {told}.")
+        recorded = sum("recorded" in row and row["case"] is None for row in claims.rows) if claims else 0
+        points.append(f"**Claims**: {told}{f'; {recorded} of them {MARK}' if recorded else ''}.")
     return section("Executive summary", "\n".join(f"- {point}" for point in points))
 
 

@@ -186,6 +186,7 @@ def ruling_intervals(rows: Sequence[dict[str, Any]]) -> str:
     """The measured gain of each claim with its interval; what was claimed as a band behind it."""
     colours = {"confirmed": COLOURS[2], "refuted": COLOURS[5], "no difference": "#888888"}
     measured = [row for row in rows if row["case"] is None and "gain" in row]
+    names = [f"{row['claim']} (recorded)" if "recorded" in row else row["claim"] for row in measured]
 
     def fill(axes: Axes) -> None:
         edge = max([abs(100 * row[k]) for row in measured for k in ("low", "high")] + [25.0]) * 1.1
@@ -197,7 +198,7 @@ def ruling_intervals(rows: Sequence[dict[str, Any]]) -> str:
             axes.plot([100 * row["low"], 100 * row["high"]], [at, at], "-", color=colour, lw=2)
             axes.plot(100 * row["gain"], at, "o", color=colour)
         axes.axvline(0, color="#000000", lw=0.8)
-        axes.set_yticks(range(len(measured)), [row["claim"] for row in reversed(measured)])
+        axes.set_yticks(range(len(measured)), names[::-1])
         axes.set(xlim=(-edge, edge), xlabel="gain of B over A, % (band: what is claimed)", title="Rulings")
         axes.grid(axis="y", visible=False)
 
