@@ -10,6 +10,8 @@ summary.json: written anew after each process, printed at the end.
     comm     collectives by path and size, for each world; the start's parts (minisgl profile comm)
     step     one decode step at batch 64: how much communicates   (benchmarks/tp_step.py)
     offline  offline256 over 1, 2, 4 … GPUs                       (minisgl bench offline)
+    tp       when a decode step of a split model communicates     (minisgl profile tp)
+    rulings  every claim, those on collectives among them         (minisgl profile rulings)
     tests    the communicator, tensor-parallel models, their ranks (pytest -m cuda tests/distributed)
     env      clocks, links between the GPUs, bandwidths           (minisgl profile env)
 
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ("comm", "step", "offline", "tests", "env")
+STEPS = ("comm", "step", "offline", "tp", "rulings", "tests", "env")
 SHAPES = ("qwen3-8b", "qwen3-14b")
 KIB, MIB = 1 << 10, 1 << 20
 # Microseconds of an all-reduce on 2, 4 and 8 H100s, as published for a custom kernel; not measured by this project.
@@ -66,6 +68,8 @@ def rounds(steps: Sequence[str], worlds: Sequence[int], out: Path) -> Iterator[l
     command = [python, "benchmarks/tp_step.py", "--batch", "64", "--context", "512", "--save", results]
     step = of_shapes("step", command, worlds, 60)
     offline = of_shapes("offline", [*minisgl, "bench", "offline", "--save", results], worlds, 90)
+    tp = [[Job("tp", [*minisgl, "profile", "tp", "--out", str(out)], 90)]]
+    rulings = [[Job("rulings", [*minisgl, "profile", "rulings", "--out", str(out)], 240)]]
     pytest = [python, "-m", "pytest", "-q", "-x", "-m", "cuda", "-p", "no:cacheprovider"]
     tests = [
         [Job("tests-ranks", [*pytest, "tests/distributed/test_ranks_cuda.py"], 150)],
@@ -75,8 +79,8 @@ def rounds(steps: Sequence[str], worlds: Sequence[int], out: Path) -> Iterator[l
     env = [[Job("env", [*minisgl, "profile", "env", "--quick", "--out", str(out)], 60)]]
     first = 1 + len(worlds)  # the rounds of the first shape
     for name, part in (
-        ("comm", comm), ("step", step[:first]), ("offline", offline), ("step", step[first:]), ("tests", tests),
-        ("env", env),
+        ("comm", comm), ("step", step[:first]), ("offline", offline), ("step", step[first:]), ("tp", tp),
+        ("rulings", rulings), ("tests", tests), ("env", env),
     ):  # fmt: skip
         if name in steps:
             yield from part

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minisgl.profiling.graph_kernels import name_graph_kernels
 from minisgl.profiling.spans import Span
 from minisgl.profiling.timeline import NEXT_STEP, Answered, Piece, operator_of, partition, render, timeline
 from minisgl.types import MinisglError
@@ -163,7 +164,7 @@ def test_kernels_come_before_the_host_that_launched_them() -> None:
         ("host launches", 10, "gap"),
         ("qkv", 70, "kernel"),
         ("collect", 5, "decode"),
-        ("argmax", 5, "kernel"),
+        ("sample", 5, "kernel"),
         ("collect", 2, "decode"),
         ("fused_moe", 4, "kernel"),
         ("collect", 4, "decode"),
@@ -189,6 +190,14 @@ def test_operator_of_a_graphs_kernel_is_its_name() -> None:
     assert operator_of(span("gemm", 0, 1, "gpu", "step", "decode 8", "forward")) == "gemm"
     assert operator_of(span("gemm", 0, 1, "gpu", "step", "prefill 8", "forward", "layer 1", "o")) == "o"
     assert operator_of(span("memset", 0, 1, "gpu")) == "memset"
+
+
+def test_what_sampling_launches_is_of_the_operator_sample() -> None:
+    for kernel in ("_sample_blocks", "_best_block", "void at::native::indexSelectSmallIndex<int>(int)", "Memcpy DtoH"):
+        assert operator_of(span(kernel, 0, 1, "gpu", "step", "prefill 8", "sample")) == "sample"
+    graph = [span(kernel, at, at + 1, "gpu", "step", "decode 8", "forward")
+             for at, kernel in enumerate(("gemm", "_sample_blocks", "_best_block"))]  # fmt: skip
+    assert [operator_of(kernel) for kernel in name_graph_kernels(graph)] == ["lm head", "sample", "sample"]
 
 
 times = st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted)

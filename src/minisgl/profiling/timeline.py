@@ -110,9 +110,9 @@ def _piece(active: Sequence[Span], at: int, until: int, on_gpu: bool) -> Piece:
 
 
 def operator_of(kernel: Span) -> str:
-    """The operator that launched a kernel; for those of a CUDA graph, and others that none did, the kernel's name."""
+    """The operator that launched a kernel, sampling and collecting among them; the kernel's name where none did."""
     inner = kernel.path[-1] if kernel.path else "forward"
-    return short_name(kernel.name) if inner.startswith((*_CONTAINERS, "sample", "collect")) else inner
+    return short_name(kernel.name) if inner.startswith(_CONTAINERS) else inner
 
 
 def _join(pieces: Iterable[Piece]) -> list[Piece]:
