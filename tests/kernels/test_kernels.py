@@ -240,7 +240,7 @@ def _ids(n: int, dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.zeros(n, dtype=dtype)
 
 
-HALF, LONG = torch.bfloat16, torch.int64
+HALF, LONG, DOUBLE, INT8 = torch.bfloat16, torch.int64, torch.float64, torch.int8
 CACHE, ANGLES, WEIGHT = _floats(9, 2, 16), _floats(9, 16), _floats(16)
 BAD_CALLS: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [
     ("out", index, (_floats(3, 8), _floats(5, 8), _ids(4))),
@@ -276,6 +276,17 @@ BAD_CALLS: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [
     ("positions", qkv_post, (_floats(3, 96), None, None, 1e-6, ANGLES, _ids(2), CACHE, CACHE, _ids(3))),
     ("v_cache", qkv_post, (_floats(3, 96), None, None, 1e-6, ANGLES, _ids(3), CACHE, CACHE[:5], _ids(3))),
     ("q_out", qkv_post, (_floats(3, 96), None, None, 1e-6, ANGLES, _ids(3), CACHE, CACHE, _ids(3), _floats(3, 2, 8))),
+    # dtypes that no version has
+    ("x", rmsnorm, (_floats(2, 8, dtype=INT8), _floats(8, dtype=INT8), 1e-6, _floats(2, 8, dtype=INT8))),
+    ("gate_up", silu_mul, (_floats(2, 16, dtype=DOUBLE), _floats(2, 8, dtype=DOUBLE))),
+    ("q", rope, (_floats(3, 2, 16, dtype=DOUBLE), _floats(3, 2, 16, dtype=DOUBLE), ANGLES, _ids(3))),
+    ("qkv", qkv_post, (_floats(3, 96, dtype=INT8), None, None, 1e-6, ANGLES, _ids(3), *[CACHE.to(INT8)] * 2, _ids(3))),
+    # not on a GPU
+    ("k_cache", store, (CACHE, CACHE, _floats(3, 2, 16), _floats(3, 2, 16), _ids(3))),
+    ("weight", rmsnorm, (_floats(2, 8), _floats(8), 1e-6, _floats(2, 8))),
+    ("gate_up", silu_mul, (_floats(2, 16), _floats(2, 8))),
+    ("q", rope, (_floats(3, 2, 16), _floats(3, 2, 16), ANGLES, _ids(3))),
+    ("qkv", qkv_post, (_floats(3, 96), None, None, 1e-6, ANGLES, _ids(3), CACHE, CACHE, _ids(3))),
 ]  # fmt: skip
 
 

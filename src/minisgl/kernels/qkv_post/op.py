@@ -10,7 +10,7 @@ from torch import Tensor
 from minisgl.kernels import check
 from minisgl.kernels.nvrtc import CTYPES, ID_CTYPES, Build, prepare
 from minisgl.kernels.rmsnorm.op import floats_only
-from minisgl.kernels.spec import Kernel, Run, Shape, Version, by_layout, launcher, nothing, register
+from minisgl.kernels.spec import FLOATS, Kernel, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.tuning import Config
 from minisgl.types import KernelError
 
@@ -97,6 +97,7 @@ def _check(tensors: tuple[Any, ...]) -> int:
     check.dims("k_cache", k_cache, 3, "[slots, Hkv, D]")
     tokens, kv_heads, dim = slots.shape[0], k_cache.shape[1], k_cache.shape[2]
     check.dims("qkv", qkv, 2, "[T, width]")
+    check.dtype("qkv", qkv, FLOATS)
     num_q, rest = divmod(qkv.shape[1] - 2 * kv_heads * dim, dim)
     if qkv.shape[0] != tokens or rest or num_q < 1:
         raise KernelError(f"qkv has shape {tuple(qkv.shape)}; expected [{tokens}, (Hq + 2 · {kv_heads}) · {dim}]")

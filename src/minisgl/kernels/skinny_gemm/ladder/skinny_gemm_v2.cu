@@ -9,6 +9,8 @@
 // two pairs of neighbours in k, eight apart; but the order of a sum is free: a lane takes eight neighbours instead,
 // which are the pairs of two mma, and takes the same of x. DEPTH such steps are in flight, and the first ones' weights
 // are loaded before the wait for the kernel that makes x.
+// Measured (H100, one row, µs, cuBLAS / v2): Qwen3-0.6B's QKV 7.01 / 4.38, O 5.74 / 3.29, gate/up 9.13 / 5.66,
+// down 7.04 / 5.08; Qwen3-8B's 22.6 / 23.0, 15.5 / 14.6, 75.0 / 80.0, 39.0 / 44.2: v3's reason.
 #include "common.cuh"
 
 using T = DTYPE;

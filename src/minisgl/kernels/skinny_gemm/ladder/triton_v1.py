@@ -1,6 +1,8 @@
 """skinny_gemm v1 in Triton: a program has COLUMNS rows of the weight and all of x, padded to 16 rows.
 
 Idea: what the compiler gives for a plain loop; the measure that the CUDA version has to beat.
+Measured (H100, one row, µs, cuBLAS / v1): Qwen3-0.6B's QKV 7.01 / 9.66, O 5.74 / 6.28, gate/up 9.13 / 11.5, down 7.04 /
+8.67; of Qwen3-8B it wins the LM head alone, 436 / 409.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

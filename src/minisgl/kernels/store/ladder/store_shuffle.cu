@@ -2,7 +2,7 @@
 //
 // Idea: one request for the slots of several tokens instead of one each.
 // Expected: nothing: the lanes of a warp that read one slot are one request already, and tokens now take turns.
-// Measured on an H100, µs at 1 / 64 / 256 / 1024 tokens: 1.57 / 5.06 / 5.78 / 7.50 for v2's 1.06 / 1.41 / 1.85 / 4.20:
+// Measured on an H100, µs at 1 / 64 / 256 / 1024 tokens: 1.58 / 5.25 / 5.92 / 7.60 for v2's 1.08 / 1.42 / 1.85 / 4.20:
 // a loss.
 #include "store/ladder/staging.cuh"
 

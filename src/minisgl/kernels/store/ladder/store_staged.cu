@@ -3,7 +3,7 @@
 // Idea: what staging is for elsewhere: to reorder data between a coalesced read and a coalesced write. Here both are
 // coalesced already, so this shows what the detour costs.
 // Expected: nothing, or a loss of two passes through shared memory.
-// Measured on an H100, µs at 1 / 64 / 256 / 1024 tokens: 1.61 / 2.22 / 2.67 / 4.43 for v2's 1.06 / 1.41 / 1.85 / 4.20:
+// Measured on an H100, µs at 1 / 64 / 256 / 1024 tokens: 1.63 / 2.24 / 2.55 / 4.39 for v2's 1.08 / 1.42 / 1.85 / 4.20:
 // a loss.
 #include "store/ladder/staging.cuh"
 

@@ -2,8 +2,8 @@
 //
 // Idea: fewer, larger accesses a lane. One instruction moves 16 bytes at most on these architectures, so 32 are two,
 // and a warp's 1,024 bytes come as two requests of 512 with gaps instead of two without. Expected: nothing, or a loss:
-// 16 bytes a lane already make whole 128-byte lines. Measured on an H100, µs at 1 / 64 / 256 / 1024 tokens: 1.18 /
-// 1.44 / 1.91 / 5.22 for v2's 1.06 / 1.41 / 1.85 / 4.20. 8 bytes a lane: 1.20 / 1.45 / 2.27 / 4.52.
+// 16 bytes a lane already make whole 128-byte lines. Measured on an H100, µs at 1 / 64 / 256 / 1024 tokens: 1.20 /
+// 1.42 / 1.89 / 4.23 for v2's 1.08 / 1.42 / 1.85 / 4.20.
 #include "store/ladder/staging.cuh"
 
 extern "C" __global__ void store_wide(char* k_cache, int64 k_slot_stride, char* v_cache, int64 v_slot_stride,
