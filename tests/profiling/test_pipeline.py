@@ -15,12 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "06_full_pipeline.sh"
 KINDS = "env kernels index store attention comm tp rulings load request step compare".split()
 
+PAGES = ("final-report.md", "analysis.md", "environment.md", "kernel-dev-guide.md")
 MEASURED = (
+    "Executive summary",
     "The way of one request",
     "Where a decode step's time goes",
     "Communication between ranks",
     "Timeline of a tensor-parallel step",
     "A served model under load",
+    "Opportunities, by priority",
     "Rulings on claims",
     "Expected and measured",
     "Conclusions",
@@ -42,12 +45,17 @@ def test_quick_pipeline_measures_and_reports_everything(tmp_path: Path, smollm2:
         assert record["quick"], kind
         assert record["rows"] or kind == "compare", kind
     final = (tmp_path / "report" / "final-report.md").read_text()
+    assert tuple(re.findall(r"^## (.*)", final, re.M)) == MEASURED
     for heading in MEASURED:
         body = final.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
         assert body.strip() and "_Not measured" not in body, heading
     analysis = (tmp_path / "report" / "analysis.md").read_text()
     for kind in ("Correctness", "index", "store", "attention"):
         assert f"\n## {kind}\n" in analysis
+    assert "_Not measured: this machine" not in (tmp_path / "report" / "environment.md").read_text()
+    index = (tmp_path / "report" / "INDEX.md").read_text()
+    assert {kind for kind in KINDS if f"| {kind} | not measured |" in index} == set()
+    assert all(f"]({page})" in index for page in PAGES) and "## " in (tmp_path / "report" / PAGES[-1]).read_text()
     plots = {path.name for path in (tmp_path / "report" / "plots").iterdir()}
     assert {"request.svg", "step.svg", "roofline.svg", "tp.svg", "comm-all_reduce.svg"} <= plots
     assert sorted((ROOT / "reports").rglob("*")) == before, "reports/ changes only on request"

@@ -12,7 +12,7 @@ import pytest
 from recorded import kernel_records, write_h100
 
 from minisgl.cli import main
-from minisgl.profiling.compare import best_rows, compare
+from minisgl.profiling.compare import best_rows, compare, load_runs
 from minisgl.profiling.expected import load_reference
 from minisgl.profiling.record import Record
 from minisgl.profiling.report import keep, write_reports
@@ -29,6 +29,8 @@ FINAL = (
     "Conclusions",
 )  # fmt: skip
 
+HEADING = {"request": FINAL[1], "step": FINAL[2], "load": FINAL[5]}
+KEPT = Path(__file__).resolve().parents[2] / "reports" / "data"
 LOAD = {"settings": {"model": "qwen3-0.6b", "num_requests": 64, "concurrency": 16, "input_len": [256, 512],
                      "output_len": 64}}  # fmt: skip
 
@@ -330,6 +332,22 @@ def test_html_needs_nothing_else(reports: Path) -> None:
     assert anchors == set(re.findall(r'<section id="([^"]+)"', text))
     for title in FINAL:
         assert f"<h2>{title}</h2>" in text
+
+
+@pytest.mark.parametrize("data", sorted(KEPT.iterdir()), ids=lambda data: data.name)
+def test_committed_records_render(data: Path, tmp_path: Path) -> None:
+    write_reports([data], tmp_path)
+    kinds = load_runs(data)
+    final, index = ((tmp_path / name).read_text() for name in ("final-report.md", "INDEX.md"))
+    assert tuple(re.findall(r"^## (.*)", final, re.M)) == FINAL
+    assert all(f"| {kind} | {len(record.rows)} rows" in index for kind, record in kinds.items())
+    for kind in {"request", "step", "load"} & {kind for kind, record in kinds.items() if record.rows}:
+        facts = kinds[kind].summary
+        part = final.partition(f"## {HEADING[kind]}")[2].partition("\n## ")[0]
+        assert (facts.get("settings") or facts)["model"] in part, kind
+    for page in PAGES[:-1]:  # not the guide, which has no figures
+        text = (tmp_path / page).read_text()
+        assert "None" not in text and "nan" not in re.findall(r"\w+", text), page
 
 
 def test_missing_data_names_the_command(tmp_path: Path) -> None:
