@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu_kernels.sh OUT [STEP ...]
 #
-# Steps, in this order unless named, with the minutes after which each is ended: tests (5), memcheck (4), racecheck (4),
+# Steps, in this order unless named, with the minutes after which each is ended: tests (5), memcheck (9), racecheck (9),
 # env (1), kernels (2), index (3), store (3), attention (2), bench (3), tune (3).
 # PYTHON names the interpreter (default: .venv/bin/python, or python3), which must find minisgl. The steps go on after
 # one has failed; the exit code is 1 if any did. OUT gets a log a step, the records, the tuning table, and times.txt.
@@ -26,6 +26,7 @@ limited() { # MINUTES COMMAND ...
     timeout --kill-after=10 $((60 * minutes)) "$@"
 }
 
+# Every case of every kernel, since those behind the first two have the odd widths, ranges of ids and slots of -1.
 # Every allocation by itself, so that a byte beyond a tensor is a byte beyond an allocation.
 # Refused API calls are no errors here: cuda-core asks the driver for functions that it may lack.
 sanitize() {
@@ -33,8 +34,8 @@ sanitize() {
         echo "skipped: compute-sanitizer isn't installed"
         return 0
     fi
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 4 "$sanitizer" --tool "$1" --report-api-errors no --error-exitcode 1 \
-        "$python" -m minisgl profile kernels --quick --kernels "$ours" --out "$out/$1"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 9 "$sanitizer" --tool "$1" --report-api-errors no --error-exitcode 1 \
+        "$python" -m minisgl profile kernels --kernels "$ours" --out "$out/$1"
 }
 
 run_step() {
