@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from minisgl.cli import main
-from minisgl.profiling.compare import compare, load_runs
+from minisgl.profiling.compare import _row_of, compare, load_runs
 from minisgl.profiling.expected import Figure, Reference, Sum, load_reference, references
 from minisgl.profiling.plausibility import Finding, check_reference, computed_gbps
-from minisgl.profiling.record import Record
+from minisgl.profiling.record import Record, new_record, read
 from minisgl.types import MinisglError
 
 A100 = load_reference("a100")
@@ -145,3 +145,36 @@ def test_command_compares_folders(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_claims_and_references_survive_a_round_trip() -> None:
     assert msgspec.json.decode(msgspec.json.encode(A100), type=Reference) == A100
+
+
+def test_every_reference_figure_is_found_in_the_records_of_a_gpu() -> None:
+    """A figure that matches nothing reads as if nobody had measured it."""
+    folder = Path(__file__).parents[2] / "reports" / "data" / "nvidia-h100-80gb-hbm3"
+    runs = {record.kind: record for record in map(read, sorted(folder.glob("*.json")))}
+    lacking = {f.id for f in load_reference().figures if f.us is not None and _row_of(f, runs) is None}
+    assert lacking <= {"tp.layer", "tp.total", "tp.share"}, "of ranks on GPUs, whose timeline isn't recorded yet"
+
+
+def test_pieces_of_a_request_count_together() -> None:
+    """Overlap cuts an operator into pieces: the shortest of them says nothing."""
+    pieces = [
+        ("qkv", 0, 4.0),
+        ("qkv", 0, 2.0),
+        ("qkv", 1, 7.0),
+        ("qkv", 2, 5.0),
+        ("sample", None, 1.0),
+        ("sample", None, 30.0),
+    ]
+    norms = [("rmsnorm", None, us) for us in (3.0, 2.0, 4.0)]
+    rows = [
+        {"span": span, "layer": layer, "us": us, "window": "ttft", "category": "kernel"}
+        for span, layer, us in pieces + norms
+    ]
+    runs = {"request": replace(new_record("request", True), rows=rows)}
+    figures = {f.id: f for f in load_reference().figures}
+
+    def found(name: str) -> float | None:
+        row = _row_of(figures[f"request.{name}"], runs)
+        return row and row[0]
+
+    assert [found(name) for name in ("qkv", "sampling", "rmsnorm", "layer", "head")] == [6.0, 31.0, 3.0, 6.0, None]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from minisgl.profiling.expected import Figure, Reference
@@ -80,7 +81,7 @@ def compare(runs: Runs, reference: Reference, earlier: Runs | None = None) -> Re
 
 def median_us(row: Mapping[str, Any]) -> float | None:
     """The time of a row, if it has one above 0."""
-    us = row.get("us")
+    us = row.get("us", row.get("us_b"))  # of a ruling: what is claimed to be better
     us = us.get("median") if isinstance(us, Mapping) else us
     return float(us) if us else None
 
@@ -117,7 +118,23 @@ def _row_of(figure: Figure, runs: Runs) -> tuple[float, dict[str, Any]] | None:
         return None
     fits = [row for row in record.rows if _fits(row, figure.match) and row.get("version") != "copy"]
     timed = [(us, row) for row in fits if (us := median_us(row)) is not None]
+    if figure.kind == "request":
+        return _of_request(figure, timed)
     return min(timed, key=lambda pair: pair[0], default=None)
+
+
+def _of_request(figure: Figure, timed: Sequence[tuple[float, dict[str, Any]]]) -> tuple[float, dict[str, Any]] | None:
+    """A request's rows are pieces of operators: of a layer's the median layer, of others all, or the median piece."""
+    layers: dict[int, float] = {}
+    for us, row in timed:
+        if row.get("layer") is not None:
+            layers[row["layer"]] = layers.get(row["layer"], 0.0) + us
+    if not timed or ("span" not in figure.match and not layers):
+        return None
+    if layers and not figure.each:
+        return median(layers.values()), timed[0][1]
+    pieces = [us for us, _ in timed]
+    return median(pieces) if figure.each else sum(pieces), timed[0][1]
 
 
 def _fits(row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
@@ -143,6 +160,9 @@ def _explain(
             "bytes need, as when each call is timed from the host",
             "time the same call from the host, launch by launch, beside the replay of a graph",
         )
+    if figure.kind == "request":
+        sizes = f"{record.summary.get('model', 'this model')}, {record.summary.get('prompt_tokens', '?')} tokens"
+        return f"another model and prompt than the reference's, on other hardware: {sizes}", "minisgl profile step"
     if measured < expected:
         return "faster hardware, or a better kernel than the reference's", "compare fractions of each one's ceiling"
     if row.get("fraction", 0) >= NEAR_FLOOR:

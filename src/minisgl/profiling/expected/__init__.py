@@ -23,6 +23,7 @@ class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bytes: that move (each byte read and each written), or that a GPU sends over a link.
         ceiling: name of the reference's hardware figure that bounds it, in GB/s.
         host: whether the host does this work, whatever computes the model.
+        each: whether it is of one of several that a layer has.
         also: what else it states, for the reader.
     """
 
@@ -37,6 +38,7 @@ class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes: int | None = None
     ceiling: str | None = None
     host: bool = False
+    each: bool = False
     also: dict[str, str] = {}
 
 
