@@ -75,11 +75,25 @@ def test_times_are_microseconds_whatever_the_unit(unit: str, expected: float) ->
 
 
 def test_rules_name_the_rows_that_they_apply_to() -> None:
-    near, far, barriers, spills = ncu.rules(ncu.parse(table(COPY, TINY, SYNC)))
-    assert (near.when, near.kernels) == ("over 70% of peak bandwidth", [COPY[0]]) and "minor tuning" in near.advice
-    assert (far.when, far.kernels) == ("under 50% of peak bandwidth", ["index_v2"]) and "coalescing" in far.advice
-    assert barriers.kernels == ["gemm"] and "asynchronous" in barriers.advice
-    assert spills.kernels == ["gemm"] and "registers" in spills.advice
+    rows = ncu.parse(table(COPY, TINY, SYNC))
+    near, far, barriers, spills = ([row["kernel"] for row in rows if rule.holds(row)] for rule in ncu.RULES)
+    assert (near, far, barriers, spills) == ([COPY[0]], ["index_v2"], ["gemm"], ["gemm"])
+    words = ("minor tuning", "coalescing", "asynchronous", "registers")
+    assert all(word in rule.advice for word, rule in zip(words, ncu.RULES, strict=True))
+    assert not any(rule.holds({"kernel": "gemm", "dram_percent": None}) for rule in ncu.RULES)
+
+
+def test_launches_of_one_kernel_are_told_apart_by_their_shape(tmp_path: Path) -> None:
+    """Advice goes by launch: what a small one lacks says nothing of one that fills the GPU."""
+    large = table(TINY, ("index_v2", ("61.52", *TINY[1][1:]))).replace('"(64, 2, 1)"', '"(8, 32, 1)"', 2)
+    large = large.replace('"(8, 32, 1)"', '"(64, 1, 1)"', 1)
+    (tmp_path / "table").write_text(large)
+    assert main(["profile", "ncu", "--csv", str(tmp_path / "table"), "--out", str(tmp_path)]) == 0
+    record = read(tmp_path / "ncu.json")
+    assert [ncu.label(row) for row in record.rows] == ["index_v2 (64 × 128)", "index_v2 (8·32 × 128)"]
+    assert [len(row["advice"]) for row in record.rows] == [1, 0]
+    assert record.summary["rules"][1]["kernels"] == ["index_v2 (64 × 128)"]
+    assert ncu.label({"kernel": "gemm"}) == "gemm"
 
 
 @pytest.mark.parametrize(
@@ -124,9 +138,9 @@ def test_ncu_runs_the_command_and_interprets_it(
     record = read(out / "ncu.json")
     assert [row["kernel"] for row in record.rows] == [COPY[0], "index_v2", "gemm"]
     assert record.rows[0]["advice"] == ["near the optimum: minor tuning is left"] and len(record.rows[2]["advice"]) == 2
-    assert record.summary["rules"][3]["kernels"] == ["gemm"]
+    assert record.summary["rules"][3]["kernels"] == ["gemm (64·2 × 128)"]
     shown = capsys.readouterr().out
-    assert "over 70% of peak bandwidth: near the optimum" in shown and "  gemm\n" in shown
+    assert "over 70% of peak bandwidth: near the optimum" in shown and "  gemm (64·2 × 128)\n" in shown
 
 
 @pytest.fixture
@@ -162,7 +176,7 @@ def test_ncu_counts_our_kernels_name_by_name(
     left = {note["what"]: note["why"] for note in record.skipped}
     assert "exit code 9" in left["ncu rmsnorm"] and left["ncu decode"] == "the time was up"
     assert "before it was through" in left["ncu store"]
-    assert record.summary["rules"][1]["kernels"] == ["index_v2"]
+    assert record.summary["rules"][1]["kernels"] == ["index_v2 (64·2 × 128)"] * 2
 
 
 def test_ncu_counts_only_what_is_asked_for(

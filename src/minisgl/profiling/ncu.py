@@ -7,6 +7,7 @@ Metrics are described in NVIDIA's Nsight Compute profiling guide.
 from __future__ import annotations
 
 import csv
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -46,11 +47,52 @@ REQUESTED = tuple(dict.fromkeys([*(names[0] for names in _METRICS.values()), *_S
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Advice, and the rows that it is for."""
+    """Advice for the rows whose figure is above `above` and below `below`; a row may come under several rules."""
 
     when: str
     advice: str
-    kernels: list[str]
+    figure: str
+    above: float = -math.inf
+    below: float = math.inf
+
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """Whether it is for this row; never where the figure wasn't measured."""
+        value = row.get(self.figure)
+        return value is not None and self.above < value < self.below
+
+
+RULES = (
+    Rule(
+        f"over {NEAR_PEAK:.0f}% of peak bandwidth", "near the optimum: minor tuning is left",
+        "dram_percent", above=NEAR_PEAK,
+    ),
+    Rule(
+        f"under {FAR_FROM_PEAK:.0f}% of peak bandwidth",
+        "check coalescing: 16 bytes a thread make 16 sectors a request, more bytes moved than asked for make more; "
+        "and whether the launch binds at this size",
+        "dram_percent", below=FAR_FROM_PEAK,
+    ),
+    Rule(
+        f"over {MANY_BARRIERS:.0%} of stalls at barriers",
+        "consider asynchronous copies, so that fewer threads wait for each other",
+        "barrier_share", above=MANY_BARRIERS,
+    ),
+    Rule("spills to local memory", "reduce registers", "spill_sectors", above=0),
+)  # fmt: skip
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """A row's kernel and its launch's shape, which tells the sizes of one kernel apart: 'index_v2 (64 × 128)'."""
+    grid, block = (_extent(str(row.get(name, ""))) for name in ("grid", "block"))
+    return f"{row['kernel']} ({grid} × {block})" if grid and block else str(row["kernel"])
+
+
+def _extent(dim: str) -> str:
+    """'(8, 32, 1)' as '8·32'."""
+    sizes = re.findall(r"\d+", dim)
+    while len(sizes) > 1 and sizes[-1] == "1":
+        sizes.pop()
+    return "·".join(sizes)
 
 
 def parse(text: str) -> list[dict[str, Any]]:
@@ -120,31 +162,3 @@ def _row(kernel: str, grid: str, block: str, launches: Sequence[Mapping[str, flo
     row["dominant_stall"] = max(stalls, key=stalls.__getitem__) if total else None
     row["barrier_share"] = stalls.get("barrier", 0.0) / total if total else None
     return row
-
-
-def rules(rows: Sequence[Mapping[str, Any]]) -> list[Rule]:
-    """The rules of interpretation, each with the kernels that it applies to; a kernel may come under several."""
-
-    def those(name: str, low: float, high: float) -> list[str]:
-        return list(dict.fromkeys(str(r["kernel"]) for r in rows if r[name] is not None and low < r[name] < high))
-
-    infinity = float("inf")
-    return [
-        Rule(
-            f"over {NEAR_PEAK:.0f}% of peak bandwidth",
-            "near the optimum: minor tuning is left",
-            those("dram_percent", NEAR_PEAK, infinity),
-        ),
-        Rule(
-            f"under {FAR_FROM_PEAK:.0f}% of peak bandwidth",
-            "check coalescing: 16 bytes a thread make 16 sectors a request, more bytes moved than asked for make more; "
-            "and whether the launch binds at this size",
-            those("dram_percent", -1, FAR_FROM_PEAK),
-        ),
-        Rule(
-            f"over {MANY_BARRIERS:.0%} of stalls at barriers",
-            "consider asynchronous copies, so that fewer threads wait for each other",
-            those("barrier_share", MANY_BARRIERS, infinity),
-        ),
-        Rule("spills to local memory", "reduce registers", those("spill_sectors", 0, infinity)),
-    ]

@@ -14,7 +14,6 @@ from minisgl.cli.lab import page, tool
 from minisgl.types import ConfigError, MinisglError
 
 if TYPE_CHECKING:
-    from minisgl.profiling.ncu import Rule
     from minisgl.profiling.record import Record
 
 HELP = "run a command under Nsight Compute: each kernel's counters, and what they advise"
@@ -52,27 +51,28 @@ def run(args: argparse.Namespace) -> None:
 
     record = new_record("ncu", args.quick)
     if args.csv is None and not args.program:
-        rules = _count_ours(record, args)
+        _count_ours(record, args)
     else:
         record.rows.extend(ncu.parse(_read(args.csv if args.csv is not None else _measure(args))))
-        rules = _interpret(record)
+        _interpret(record)
     page.table("kernels", COLUMNS, (_line(row) for row in record.rows))
-    _print(rules)
+    _print(record.summary["rules"])
     page.finish(record, args.out)
 
 
-def _interpret(record: Record) -> list[Rule]:
-    """Fills in what the rules advise."""
-    from minisgl.profiling import ncu
+def _interpret(record: Record) -> None:
+    """Fills in what the rules advise, row by row."""
+    from minisgl.profiling.ncu import RULES, label
 
-    rules = ncu.rules(record.rows)
     for row in record.rows:
-        row["advice"] = [rule.advice for rule in rules if row["kernel"] in rule.kernels]
-    record.summary["rules"] = [{"when": r.when, "advice": r.advice, "kernels": r.kernels} for r in rules]
-    return rules
+        row["advice"] = [rule.advice for rule in RULES if rule.holds(row)]
+    record.summary["rules"] = [
+        {"when": rule.when, "advice": rule.advice, "kernels": [label(row) for row in record.rows if rule.holds(row)]}
+        for rule in RULES
+    ]
 
 
-def _count_ours(record: Record, args: argparse.Namespace) -> list[Rule]:
+def _count_ours(record: Record, args: argparse.Namespace) -> None:
     """The engine's kernels, each name in a process of its own; the record is written after each of them.
 
     Raises:
@@ -86,7 +86,6 @@ def _count_ours(record: Record, args: argparse.Namespace) -> list[Rule]:
         raise ConfigError(f"--kernels matches none of: {', '.join(COUNTED)}; a COMMAND behind -- may launch others")
     tool_path, until = tool.find("ncu", INSTALL), time.monotonic() + args.limit
     args.out.mkdir(parents=True, exist_ok=True)
-    rules: list[Rule] = []
     for name in names[: 2 if args.quick else None]:
         log = args.out / f"ncu-{name}.csv"
         why = _count(tool_path, name, log, until - time.monotonic())
@@ -97,11 +96,10 @@ def _count_ours(record: Record, args: argparse.Namespace) -> list[Rule]:
         record.rows.extend({"of": name, **row} for row in found)
         if why is not None:
             record.skip(f"ncu {name}", why)
-        rules = _interpret(record)
+        _interpret(record)
         record.write(args.out)
     if not record.rows:
         raise MinisglError(f"nothing was counted: {record.skipped[0]['why']}")
-    return rules
 
 
 def _count(tool_path: str, name: str, log: Path, seconds: float) -> str | None:
@@ -174,10 +172,8 @@ def _figure(value: float | None) -> str | None:
     return None if value is None else f"{value:,.4g}"
 
 
-def _print(rules: list[Rule]) -> None:
+def _print(rules: list[dict[str, Any]]) -> None:
     for rule in rules:
-        print(f"{rule.when}: {rule.advice}")
-        for kernel in rule.kernels:
+        print(f"{rule['when']}: {rule['advice']}")
+        for kernel in rule["kernels"] or ["(none)"]:
             print(f"  {kernel}")
-        if not rule.kernels:
-            print("  (none)")

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from minisgl.profiling.compare import NEAR_FLOOR, best_rows, case_text, median_us
+from minisgl.profiling.ncu import RULES, label
 from minisgl.profiling.record import Record
 from minisgl.profiling.report import plots
 from minisgl.profiling.report.markdown import (
@@ -234,19 +235,18 @@ def _scatter(record: Record) -> str:
 
 def _ncu(name: str, sources: Sources) -> str:
     """What the profiler saw in the kernel, where it ran."""
-    record = sources.get("ncu")
-    rows = _counted(name, record)
-    if record is None or not rows:
+    rows = _counted(name, sources.get("ncu"))
+    if not rows:
         absent = missing("SM use, stalls, sectors, registers", f"minisgl profile ncu --kernels {name}")
         return f"**Inside the kernel.** {absent}"
     facts = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in _PLAIN]
-    lines = [(row["kernel"], *(_fact(row.get(name)) for name in facts)) for row in rows]
+    lines = [(label(row), *(_fact(row.get(name)) for name in facts)) for row in rows]
     advice = [
-        f"- {rule['when']}: {rule['advice']} ({words(held)})"
-        for rule in record.summary.get("rules", [])
-        if (held := sorted({row["kernel"] for row in rows} & set(rule["kernels"])))
+        f"- {rule.when}: {rule.advice} ({words(held)})"
+        for rule in RULES
+        if (held := [label(row) for row in rows if rule.holds(row)])
     ]
-    shown = table(("kernel:", *(name.replace("_", " ") for name in facts)), lines)
+    shown = table(("kernel (grid × block):", *(name.replace("_", " ") for name in facts)), lines)
     return "\n\n".join(filter(None, ["**Inside the kernel**, by ncu:", shown, "\n".join(advice)]))
 
 
