@@ -17,8 +17,8 @@ class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One figure of a reference; ranges are (low, high), both the same where it gives one value.
 
     Args:
-        kind: of the record that holds the same of this machine; match: what its row must hold; summary: or the name of
-            the value in its summary, in milliseconds or microseconds by its ending.
+        kind: of the record that holds the same of this machine; match: what its row must hold (a list: any of these);
+            summary: or the name of the value in its summary, in milliseconds or microseconds by its ending.
         gbps, fraction: bandwidth, and share of the ceiling, as stated.
         bytes: that move (each byte read and each written), or that a GPU sends over a link.
         ceiling: name of the reference's hardware figure that bounds it, in GB/s.
